@@ -1,0 +1,1 @@
+"""Samples: one schema for every file, and their way into token batches."""
