@@ -1,0 +1,313 @@
+"""The settings of a run: one YAML file, read into models that forbid unknown keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from p2d_core.errors import SettingsError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceSettings(_Settings):
+    """Where samples come from: JSON, JSONL, CSV or Parquet files, or a hub dataset."""
+
+    path: str
+    """File, folder or glob, relative to this settings file; or hf://datasets/OWNER/NAME."""
+    name: str = ""
+    """What the source is called in reports; the file's name when empty."""
+    prompt: str | None = None
+    """Column of the prompt, or a template such as "{instruction}\\n\\n{input}"; found if empty."""
+    response: str | None = None
+    """Column of the response, or a template; found if empty."""
+    limit: Count | None = None
+    """Read at most this many rows; all if empty."""
+    skip: CountOrZero = 0
+    """Rows left out at the front."""
+    split: str | None = None
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+
+
+class CorpusSettings(_Settings):
+    """The candidate pool that samples are chosen from."""
+
+    sources: tuple[SourceSettings, ...] = ()
+    """Files of candidates, each with a name."""
+    include_target: bool = True
+    """Also take the target's samples that the proxy set and the evaluation leave over."""
+
+
+class FormatSettings(_Settings):
+    """How a sample becomes tokens: prompt, separator, response, end of text."""
+
+    separator: str = "\n"
+    """Text between prompt and response."""
+    max_tokens: Annotated[int, Field(ge=8)] = 1024
+    """Tokens of a sample; longer prompts are cut from the left."""
+
+
+class EvaluationSettings(_Settings):
+    """What the adapted model has to be able to do."""
+
+    source: SourceSettings | None = None
+    """Evaluation samples; drawn from the target (and kept out of the corpus) if empty."""
+    samples: Count = 200
+    """How many samples are drawn from the target when there is no source of their own."""
+    retention: SourceSettings | None = None
+    """Samples of what the base can do already, to see what is forgotten."""
+    metric: Literal["loss", "exact_match"] = "loss"
+    """loss: mean cross-entropy of the response's tokens; exact_match: greedy answer equals it."""
+    answer_pattern: str | None = None
+    """Regular expression whose last match is compared by exact_match, such as "#### (.*)"."""
+    max_new_tokens: Count | None = None
+    """Longest generated answer; the longest reference answer plus a quarter if empty."""
+
+
+class ProxySettings(_Settings):
+    """The short fine-tuning of all attention projections on a few target samples."""
+
+    samples: Annotated[int, Field(ge=2)] = 100
+    """Target samples that the proxy run sees."""
+    held_out: Annotated[int, Field(ge=2)] = 50
+    """Further target samples on which it is watched, and on which consistency is gauged."""
+    epochs: Positive = 3
+    """Passes over the proxy samples."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of AdamW."""
+    batch_size: Count = 8
+    """Samples in a step."""
+
+
+class HeadsSettings(_Settings):
+    """Which query heads count as task heads."""
+
+    ranker: str = "spad"
+    """spad, frobenius, ablation, gradient, or random (a control)."""
+    options: dict[str, Any] = {}
+    """Settings of that ranker, for instance {support: values} of spad."""
+    fraction: Share = 0.1
+    """Share of all query heads that become task heads."""
+    include_kv: bool = True
+    """Tune the K and V projections of the task heads' groups too."""
+    proxy_epochs: Positive = 3
+    """Passes over the proxy samples when the task heads alone are tuned (head_proxy)."""
+    proxy_learning_rate: Positive = 3e-4
+    """Peak learning rate of that tuning."""
+
+
+class ScoringSettings(_Settings):
+    """How every sample of the corpus gets its affinity."""
+
+    scorer: str = "head-filter"
+    """head-filter, head-activation, loss-shift, icl-attention, tfidf, or random."""
+    options: dict[str, Any] = {}
+    """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
+    tokens_per_batch: Count = 8192
+    """Tokens in a forward pass; cannot change a result."""
+
+
+class SelectionSettings(_Settings):
+    """From affinities to the subset."""
+
+    fraction: Share = 0.1
+    """Share of the corpus that training sees."""
+    pool: Annotated[float, Field(ge=1)] = 1.0
+    """Draw by id hash from the best pool x budget samples (scorers with gates: from all passed)."""
+    match_lengths: bool = True
+    """Draw so that response lengths are spread as those of the proxy samples."""
+    replay: ShareOrZero = 0.0
+    """Share of the subset drawn at random from the corpus' other sources, against forgetting."""
+
+
+class TrainingSettings(_Settings):
+    """Fine-tuning on the subset."""
+
+    adaptation: str = "heads"
+    """heads, attention, full, or lora."""
+    options: dict[str, Any] = {}
+    """Settings of that adaptation, for instance {rank: 8} of lora."""
+    epochs: Positive = 3
+    """Passes over the subset."""
+    learning_rate: Positive = 3e-4
+    """Peak learning rate of AdamW; heads take 2.5 to 5 times that of all parameters."""
+    batch_size: Count = 8
+    """Samples in a step."""
+    warmup: ShareOrZero = 0.05
+    """Share of the steps in which the learning rate rises; it falls as a cosine after that."""
+    checkpoint_seconds: Positive = 60
+    """Seconds between checkpoints; cannot change a result."""
+
+
+class ArmsSettings(_Settings):
+    """What P2D is held against."""
+
+    random: bool = True
+    """Also train on a random subset of the same size, with the same heads."""
+    full: Literal["measured", "calibrated"] = "calibrated"
+    """Full fine-tuning on the whole corpus: run it, or time some of its steps."""
+    full_learning_rate: Positive = 1e-4
+    """Peak learning rate of full fine-tuning."""
+    calibration_steps: Annotated[int, Field(ge=4)] = 12
+    """Steps that are timed when full is calibrated, after 3 that are not."""
+
+
+class TrackingSettings(_Settings):
+    """Where runs are recorded."""
+
+    experiment: str = "p2d"
+    """MLflow experiment."""
+    uri: str | None = None
+    """MLflow server; SQLite and a folder in the store if empty."""
+    tags: dict[str, str] = {}
+    """Further tags of the run."""
+
+
+class RunSettings(_Settings):
+    """One adaptation: from base, target and corpus to an adapted model and its AER."""
+
+    name: str = "adapt"
+    """What the run is called."""
+    base: str
+    """Folder of a Hugging Face model with safetensors, relative to this settings file."""
+    target: SourceSettings
+    """The domain to adapt to: a few hundred samples or more."""
+    corpus: CorpusSettings = CorpusSettings()
+    format: FormatSettings = FormatSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    proxy: ProxySettings = ProxySettings()
+    heads: HeadsSettings = HeadsSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    selection: SelectionSettings = SelectionSettings()
+    training: TrainingSettings = TrainingSettings()
+    arms: ArmsSettings = ArmsSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    seed: CountOrZero = 0
+    """Of every draw and of training."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and activations."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps; cannot change a result."""
+    threads: CountOrZero = 0
+    """CPU threads of torch; 0 takes what torch finds."""
+
+
+def load_settings(file: Path) -> RunSettings:
+    """Settings from a YAML file; paths in it are taken relative to its folder.
+
+    Raises:
+        SettingsError: names the file, the key, what was given and what would do.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{file}: there is no such file. `p2d config > {file.name}` writes one to start from."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: cannot be read ({error}). Save it as UTF-8 text.") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file}: is not YAML: {' '.join(str(error).split())}.") from error
+    return parse_settings(values, file)
+
+
+def parse_settings(values: Any, file: Path) -> RunSettings:
+    """Settings from plain values; ``file`` is named in errors and anchors relative paths."""
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file}: needs keys such as `base:` and `target:`, found {values!r}.")
+    try:
+        settings = RunSettings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, file)) from error
+    return _anchored(settings, file.parent)
+
+
+def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
+    def path(given: str) -> str:
+        return given if "://" in given else str((folder / Path(given).expanduser()).resolve())
+
+    def source(given: SourceSettings) -> SourceSettings:
+        return given.model_copy(
+            update={"path": path(given.path), "name": given.name or Path(given.path).stem}
+        )
+
+    evaluation = settings.evaluation
+    return settings.model_copy(
+        update={
+            "base": path(settings.base),
+            "target": source(settings.target),
+            "corpus": settings.corpus.model_copy(
+                update={"sources": tuple(source(s) for s in settings.corpus.sources)}
+            ),
+            "evaluation": evaluation.model_copy(
+                update={
+                    "source": source(evaluation.source) if evaluation.source else None,
+                    "retention": source(evaluation.retention) if evaluation.retention else None,
+                }
+            ),
+        }
+    )
+
+
+def _explain(error: ValidationError, file: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(problem["loc"][:-1]))
+            lines.append(f"{file}: unknown key `{key}`. Known here: {known}.")
+        elif problem["type"] == "missing":
+            lines.append(f"{file}: `{key}` is missing. {_help(problem['loc'])}")
+        else:
+            given = problem["input"]
+            lines.append(
+                f"{file}: `{key}` was {given!r}. {problem['msg']}. {_help(problem['loc'])}"
+            )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = RunSettings
+    for part in location:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        inner = _inner_model(model.model_fields[part].annotation)
+        if inner is not None:
+            model = inner
+    return model
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _inner_model(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    return list(_model_at(location).model_fields)
+
+
+def _help(location: tuple[int | str, ...]) -> str:
+    names = [part for part in location if isinstance(part, str)]
+    fields = _model_at(location[: location.index(names[-1])]).model_fields if names else {}
+    field = fields.get(names[-1]) if names else None
+    return f"It means: {field.description}" if field is not None and field.description else ""

@@ -1,0 +1,146 @@
+"""Costs that add up, and the Alignment Efficiency Ratio made from them."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from typing import Any
+
+AER_STAGES = ("proxy", "heads", "scores", "subset", "model")
+"""Terms of the numerator: T_proxy, T_rank (head_proxy too), T_score, T_select, T_train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What making something took. Costs add with ``+``; of peak memory the larger counts."""
+
+    wall_seconds: float = 0.0
+    device_seconds: float = 0.0
+    """Seconds during which the device (GPU, or all CPU cores lent to torch) was held."""
+    samples: int = 0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+    """Highest resident memory of the process, or of the GPU's allocator where there is one."""
+    machine: str = ""
+
+    def __add__(self, other: Cost) -> Cost:
+        machines = {m for cost in (self, other) for m in cost.machine.split(" + ") if m}
+        return Cost(
+            self.wall_seconds + other.wall_seconds,
+            self.device_seconds + other.device_seconds,
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+            " + ".join(sorted(machines)),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cost:
+        """The inverse of `as_dict`; keys of a later version are left out."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+@cache
+def machine_name() -> str:
+    """The machine in words: GPU if torch has been loaded and sees one, else the processor."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(0))
+    import psutil
+
+    cores = psutil.cpu_count(logical=True)
+    return f"{_processor()} ({cores} cores)"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Filled in when `measured` ends; ``samples`` and ``tokens`` are counted by whoever works."""
+
+    samples: int = 0
+    tokens: int = 0
+    cost: Cost = field(default_factory=Cost)
+
+
+@contextmanager
+def measured() -> Iterator[Stopwatch]:
+    """Measures what its block costs; the cost stands in ``cost`` of what it yields."""
+    watch = Stopwatch()
+    start = time.perf_counter()
+    try:
+        yield watch
+    finally:
+        seconds = time.perf_counter() - start
+        watch.cost = Cost(
+            wall_seconds=seconds,
+            device_seconds=seconds,
+            samples=watch.samples,
+            tokens=watch.tokens,
+            peak_memory_bytes=_peak_memory_bytes(),
+            machine=machine_name(),
+        )
+
+
+def _peak_memory_bytes() -> int:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    # Linux counts in KiB, macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What full fine-tuning on the whole corpus costs: the denominator of the AER.
+
+    ``kind`` is ``measured`` (it was run) or ``calibrated`` (a step's steady time times the steps;
+    ``spread_seconds`` is then the standard deviation of that product, 0 otherwise).
+    """
+
+    kind: str
+    seconds: float
+    spread_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AER:
+    """AER = (T_proxy + T_rank + T_score + T_select + T_train) / T_full (P2D, arXiv 2605.21558)."""
+
+    stages: Mapping[str, float]
+    """Seconds by term, keyed as `AER_STAGES`."""
+    reference: Reference
+
+    @property
+    def ratio(self) -> float:
+        """Lower is better; 1 is the price of full fine-tuning on everything."""
+        return sum(self.stages.values()) / self.reference.seconds
+
+    @property
+    def speedup(self) -> float:
+        """1 / AER."""
+        return 1 / self.ratio
+
+    def with_stages(self, **seconds: float) -> AER:
+        """The same reference with other seconds for some terms."""
+        return replace(self, stages={**self.stages, **seconds})

@@ -1,0 +1,116 @@
+"""The manifest: what an artifact is, what it was made from, and what its files must be."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from p2d_core.aer import Cost
+from p2d_core.errors import ArtifactError
+from p2d_core.store.recipe import Recipe, hash_file
+
+MANIFEST = "manifest.json"
+LIBRARIES = ("p2d", "torch", "transformers", "peft", "pyarrow", "duckdb", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written last: an artifact exists when its manifest does."""
+
+    key: str
+    stage: str
+    version: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    """Relative name -> {"size": bytes, "sha256": hex}."""
+    facts: Mapping[str, Any]
+    """Small counts and names that later stages and people read without opening the files."""
+    cost: Mapping[str, Any]
+    libraries: Mapping[str, str]
+    made_at: str
+    run_id: str
+    """The run that computed it; every later run reuses it."""
+    format: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files, the manifest not counted."""
+        return sum(int(entry["size"]) for entry in self.files.values())
+
+
+def write_manifest(
+    folder: Path, recipe: Recipe, *, facts: Mapping[str, Any], cost: Cost, run_id: str
+) -> Manifest:
+    """Describes every file that lies in the folder now."""
+    manifest = Manifest(
+        key=recipe.key,
+        stage=recipe.stage,
+        version=recipe.version,
+        settings=dict(recipe.settings),
+        inputs=dict(recipe.inputs),
+        files={
+            str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": hash_file(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
+        facts=dict(facts),
+        cost=cost.as_dict(),
+        libraries=_library_versions(),
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        run_id=run_id,
+    )
+    text = json.dumps(asdict(manifest), indent=2, sort_keys=True, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads without checking the files.
+
+    Raises:
+        ArtifactError: there is none, or it is not one of ours.
+    """
+    file = folder / MANIFEST
+    try:
+        return Manifest(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}.") from None
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{file} is not a manifest: {error}.") from error
+
+
+def faults(folder: Path, key: str) -> list[str]:
+    """What is wrong with an artifact's folder, a line each; empty when it is as it was made."""
+    try:
+        manifest = read_manifest(folder)
+        recipe = Recipe(manifest.stage, manifest.version, manifest.settings, manifest.inputs)
+        if not manifest.key == recipe.key == key:
+            return [f"{MANIFEST} tells of another artifact than {key[:12]}"]
+        found = []
+        for name, entry in manifest.files.items():
+            file = folder / name
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif file.stat().st_size != entry["size"]:
+                found.append(f"{name} has {file.stat().st_size} bytes, not {entry['size']}")
+            elif hash_file(file) != entry["sha256"]:
+                found.append(f"{name} has other content than when it was made")
+        return found
+    except ArtifactError as error:
+        return [str(error)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"{MANIFEST} is damaged ({error!r})"]
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
