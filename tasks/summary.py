@@ -1,0 +1,109 @@
+"""What a run says of itself: read by the terminal, by MLflow, and, as JSON, by machines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class StageLine(BaseModel):
+    """One stage of a run."""
+
+    name: str
+    reused: bool
+    seconds: float
+    """What it took now: making it, or looking it up."""
+    cold_seconds: float
+    """What its artifacts cost when they were made."""
+
+
+class HeadsSummary(BaseModel):
+    """Which heads were found."""
+
+    total: int
+    selected: int
+    ids: list[tuple[int, int]]
+    ranker: str
+    picture: str
+    """Path of heads.png."""
+
+
+class SelectionSummary(BaseModel):
+    """Which samples were chosen."""
+
+    scorer: str
+    corpus: int
+    selected: int
+    by_source: dict[str, int]
+    corpus_by_source: dict[str, int]
+    by_label: dict[str, int] = {}
+    """Only where the corpus' samples carry a `label` column, which no stage reads."""
+    notes: list[str] = []
+    """What a person should know: gates relaxed, duplicates dropped, replay short."""
+
+
+class TrainableSummary(BaseModel):
+    """How much of the model may move."""
+
+    parameters: int
+    share_of_model: float
+    share_of_attention: float
+
+
+class QualitySummary(BaseModel):
+    """Quality of the arms on the evaluation samples; None: the arm was not run."""
+
+    metric: str
+    higher_is_better: bool
+    base: float
+    p2d: float
+    full: float | None = None
+    random: float | None = None
+    retention: dict[str, float] = {}
+    """Same metric on the retention samples, by arm."""
+    losses: dict[str, float] = {}
+    """Mean response-token loss on the evaluation samples, by arm."""
+    samples: int = 0
+
+
+class AERSummary(BaseModel):
+    """The Alignment Efficiency Ratio, cold and of this run."""
+
+    cold: float
+    this_run: float
+    speedup: float
+    """1 / cold."""
+    reference: Literal["measured", "calibrated"]
+    full_seconds: float
+    full_spread_seconds: float = 0.0
+    stages: dict[str, float]
+    """Cold seconds by term: proxy, heads, scores, subset, model."""
+    stages_this_run: dict[str, float]
+
+
+class Summary(BaseModel):
+    """The JSON of ``--summary``; its keys are stable, new ones may come."""
+
+    run_id: str
+    name: str
+    status: Literal["completed"] = "completed"
+    base: str = ""
+    """Name of the base model's folder."""
+    target: str = ""
+    heads: HeadsSummary
+    selection: SelectionSummary
+    trainable: TrainableSummary
+    quality: QualitySummary
+    aer: AERSummary
+    stages: list[StageLine]
+    reused: list[str]
+    artifacts: dict[str, str]
+    """Stage (or stage of an arm, such as model_random) -> folder relative to the working folder."""
+    mlflow: dict[str, str] = {}
+    seconds: float = 0.0
+    """Wall seconds of the whole run."""
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return self.model_dump_json(indent=2) + "\n"
