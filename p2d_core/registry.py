@@ -1,9 +1,12 @@
 """Names for plug-ins: rankers, scorers, adaptations, metrics."""
 
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, TypeVar
 
-from p2d_core.errors import UnknownNameError
+from pydantic import TypeAdapter, ValidationError
+
+from p2d_core.errors import SettingsError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -38,6 +41,30 @@ class Registry(Generic[T]):
                 f"there is no {self.kind} {name!r}. Known: {', '.join(sorted(self._entries))}."
             )
         return self._entries[name]
+
+    def make(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The plug-in of that name, a dataclass, with its settings checked.
+
+        Raises:
+            UnknownNameError: there is none of that name.
+            SettingsError: it has no such setting, or not with such a value.
+        """
+        plugin: Any = self.get(name)
+        known = [f.name for f in fields(plugin) if f.init] if is_dataclass(plugin) else []
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise SettingsError(
+                f"{self.kind} {name!r} has no setting {', '.join(unknown)}. "
+                f"Known: {', '.join(known) if known else 'none'}."
+            )
+        try:
+            return TypeAdapter(plugin).validate_python(dict(options))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise SettingsError(
+                f"{self.kind} {name!r}: setting `{key}` was {problem['input']!r}. {problem['msg']}."
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))

@@ -1,0 +1,1 @@
+"""Which parameters move, how they are trained, and what of it is kept."""

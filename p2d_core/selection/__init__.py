@@ -1,0 +1,1 @@
+"""From scores to the subset that training sees, in DuckDB."""

@@ -1,0 +1,302 @@
+"""The main job: from base, target and corpus to an adapted model and its AER."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prefect import flow, unmapped
+from prefect.task_runners import ThreadPoolTaskRunner
+from tasks.record import record
+
+from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.ledger import Ledger
+from flows.report import make_summary
+from flows.settings import RunSettings
+from p2d_core.adaptation.adaptations import Full
+from p2d_core.aer import Reference, machine_name
+from p2d_core.errors import HeadMapError
+from p2d_core.store import ArtifactRef, Store
+from tasks.evaluation import evaluate_model
+from tasks.heads import head_map_in, rank_heads
+from tasks.measurements import measure, n_steps, scorer_step
+from tasks.model import calibrate, fine_tune, reference_in
+from tasks.proxy import head_proxy_run, proxy_run
+from tasks.samples import assemble, read_source, shards_of, split_target
+from tasks.scores import score
+from tasks.stage import Plugin, Runtime
+from tasks.subset import draw_subset
+from tasks.summary import Summary
+
+NO_HEADS: tuple[tuple[int, int], ...] = ()
+FULL = Plugin.of("full", Full())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of the flow share."""
+
+    settings: RunSettings
+    inputs: Inputs
+    runtime: Runtime
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the samples are."""
+
+    target: ArtifactRef
+    corpus: ArtifactRef
+    evaluation: ArtifactRef
+    retention: ArtifactRef | None
+
+
+def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None) -> Summary:
+    """Checks all input, then runs the flow.
+
+    Args:
+        head_map: key or folder of a `heads` artifact; skips proxy and ranking.
+
+    Raises:
+        InputError: before anything was started.
+        ArtifactError: there is no such head map.
+    """
+    inputs = check_inputs(settings)
+    if head_map is not None:
+        given_head_map(Store(store), head_map, inputs)
+    named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
+    return named(settings, store=str(store.resolve()), head_map=head_map)
+
+
+@flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
+def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None = None) -> Summary:
+    """Adapts a base model to a target by its task heads, and says what it cost."""
+    start = time.perf_counter()
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    inputs = check_inputs(settings)
+    run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
+
+    data = read_data(run)
+    heads = given_head_map(Store(Path(store)), head_map, inputs) or find_heads(run, data)
+    scores = score_corpus(run, data, heads, inputs.scorer)
+    subset = choose(run, data, scores)
+    models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
+    models |= other_arms(run, data, heads, scores)
+    reference = cost_of_full(run, data, models.get("full"))
+    evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
+
+    summary = make_summary(
+        settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
+    )
+    summary.seconds = time.perf_counter() - start
+    return record(summary, settings.model_dump(mode="json"), store=store)
+
+
+def read_data(run: Run) -> Data:
+    """Samples: every source into shards; the target into its parts; the corpus."""
+    inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    with run.ledger.stage("samples") as made:
+        evaluation = retention = None
+        if inputs.evaluation is not None:
+            evaluation = read_source(runtime, inputs.evaluation)
+        if inputs.retention is not None:
+            retention = read_source(runtime, inputs.retention)
+        target = split_target(
+            runtime,
+            target=read_source(runtime, inputs.target),
+            evaluation=evaluation,
+            n_proxy=settings.proxy.samples,
+            n_held_out=settings.proxy.held_out,
+            n_evaluation=settings.evaluation.samples,
+            seed=settings.seed,
+        )
+        corpus = assemble(
+            runtime,
+            sources=[read_source(runtime, each) for each in inputs.corpus],
+            target=target,
+            evaluation=evaluation,
+            include_target=settings.corpus.include_target,
+        )
+        made += [target, corpus]
+    return Data(target, corpus, evaluation or target, retention)
+
+
+def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:
+    """The head map that the user named, if it is of this base model."""
+    if head_map is None:
+        return None
+    ref = store.resolve(head_map, stage="heads")
+    made_for = ref.manifest.inputs["base"]["sha256"]
+    if made_for != inputs.base.sha256:
+        raise HeadMapError(
+            f"head map {ref.key[:12]} was made for another base model ({made_for[:12]}) than "
+            f"{inputs.base.folder} ({inputs.base.sha256[:12]}). Leave --head-map out to rank anew."
+        )
+    return ref
+
+
+def find_heads(run: Run, data: Data) -> ArtifactRef:
+    """Proxy run, where the ranker wants one, and head ranking."""
+    inputs = run.inputs
+    proxy = None
+    if inputs.ranker_needs_proxy:
+        with run.ledger.stage("proxy") as made:
+            proxy = proxy_run(run.runtime, inputs.base, data.target, inputs.proxy_training)
+            made.append(proxy)
+    with run.ledger.stage("heads") as made:
+        heads = rank_heads(
+            run.runtime,
+            inputs.base,
+            proxy=proxy,
+            target=data.target,
+            ranker=inputs.ranker,
+            fraction=run.settings.heads.fraction,
+        )
+        made.append(heads)
+    return heads
+
+
+def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> ArtifactRef:
+    """Measurements of every shard, then scores, for each step of the scorer."""
+    scores = None
+    for step in range(n_steps(scorer)):
+        one = scorer_step(scorer, step).scorer
+        head_proxy = tune_heads(run, data, heads) if one.needs_head_proxy else None
+        task_heads = head_map_in(heads).task_heads if one.needs_heads else NO_HEADS
+        shards = shards_of(data.corpus)
+        passing = scores.manifest.facts["passing"] if scores else [None] * len(shards)
+        looked_at = {
+            "base": run.inputs.base,
+            "scorer": scorer,
+            "step": step,
+            "task_heads": task_heads,
+            "head_proxy": head_proxy,
+            "heads": heads if one.needs_heads else None,
+            "previous": scores,
+        }
+        with run.ledger.stage("measurements") as made:
+            measured = measure.map(
+                unmapped(run.runtime),
+                shard=shards,
+                passing=passing,
+                target=unmapped(data.target if one.measures_target else None),
+                **{name: unmapped(value) for name, value in looked_at.items()},
+            ).result()
+            made += measured
+        with run.ledger.stage("scores") as made:
+            scores = score(
+                run.runtime,
+                corpus=data.corpus,
+                measurements=measured,
+                target=data.target,
+                **looked_at,
+            )
+            made.append(scores)
+    assert scores is not None
+    return scores
+
+
+def tune_heads(run: Run, data: Data, heads: ArtifactRef) -> ArtifactRef:
+    """The task heads alone, tuned on the proxy set."""
+    with run.ledger.stage("head_proxy") as made:
+        head_proxy = head_proxy_run(
+            run.runtime,
+            run.inputs.base,
+            heads=heads,
+            target=data.target,
+            include_kv=run.settings.heads.include_kv,
+            training=run.inputs.head_proxy_training,
+        )
+        made.append(head_proxy)
+    return head_proxy
+
+
+def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
+    """The subset."""
+    with run.ledger.stage("subset") as made:
+        subset = draw_subset(run.runtime, scores, data.corpus, run.inputs.selection)
+        made.append(subset)
+    return subset
+
+
+def train(run: Run, heads: ArtifactRef, subset: ArtifactRef, arm: str = "p2d") -> ArtifactRef:
+    """Fine-tuning with the chosen adaptation."""
+    needs_heads = run.inputs.adaptation_needs_heads
+    with run.ledger.stage("model" if arm == "p2d" else f"model_{arm}") as made:
+        model = fine_tune(
+            run.runtime,
+            run.inputs.base,
+            samples=subset,
+            adaptation=run.inputs.adaptation,
+            task_heads=head_map_in(heads).task_heads if needs_heads else NO_HEADS,
+            training=run.inputs.training,
+            heads=heads if needs_heads else None,
+            arm=arm,
+        )
+        made.append(model)
+    return model
+
+
+def other_arms(
+    run: Run, data: Data, heads: ArtifactRef, scores: ArtifactRef
+) -> dict[str, ArtifactRef]:
+    """What P2D is held against: random data of the same size, and everything."""
+    arms = {}
+    if run.settings.arms.random:
+        with run.ledger.stage("subset_random") as made:
+            by_chance = replace(run.inputs.selection, at_random=True)
+            subset = draw_subset(run.runtime, scores, data.corpus, by_chance)
+            made.append(subset)
+        arms["random"] = train(run, heads, subset, "random")
+    if run.settings.arms.full == "measured":
+        with run.ledger.stage("model_full") as made:
+            arms["full"] = fine_tune(
+                run.runtime,
+                run.inputs.base,
+                samples=data.corpus,
+                adaptation=FULL,
+                task_heads=NO_HEADS,
+                training=run.inputs.full_training,
+                heads=None,
+                arm="full",
+            )
+            made.append(arms["full"])
+    return arms
+
+
+def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
+    """What full fine-tuning on the whole corpus takes: as it was run, or from some steps."""
+    if full is not None:
+        return Reference("measured", float(full.manifest.cost["wall_seconds"]))
+    with run.ledger.stage("reference") as made:
+        calibrated = calibrate(
+            run.runtime,
+            run.inputs.base,
+            data.corpus,
+            training=run.inputs.full_training,
+            steps=run.settings.arms.calibration_steps,
+            machine=machine_name(),
+        )
+        made.append(calibrated)
+    return reference_in(calibrated)
+
+
+def evaluate(run: Run, data: Data, arm: str, model: ArtifactRef | None) -> dict[str, ArtifactRef]:
+    """Quality on the target, and on what the base could do before."""
+    measured = {}
+    with run.ledger.stage("evaluation") as made:
+        for name, samples in (("target", data.evaluation), ("retention", data.retention)):
+            if samples is not None:
+                measured[name] = evaluate_model(
+                    run.runtime,
+                    run.inputs.base,
+                    model=model,
+                    samples=samples,
+                    evaluation=run.inputs.evaluating,
+                    arm=arm,
+                )
+        made += measured.values()
+    return measured

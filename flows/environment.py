@@ -1,0 +1,30 @@
+"""Settings of Prefect and of libraries that have to stand before they are imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def prepare_environment(store: Path, *, verbose: bool = False) -> None:
+    """Puts Prefect's home and results into the store and turns telemetry off.
+
+    What the user has set stays: with PREFECT_API_URL the runs go to that server.
+    """
+    prefect = store.resolve() / "prefect"
+    defaults = {
+        "PREFECT_HOME": prefect,
+        "PREFECT_LOCAL_STORAGE_PATH": prefect / "results",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": 120,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "p2d_core,tasks",
+        "DO_NOT_TRACK": 1,
+        "HF_HUB_DISABLE_TELEMETRY": 1,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, str(value))

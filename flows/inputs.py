@@ -1,0 +1,166 @@
+"""Everything a run needs, checked before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flows.settings import RunSettings, SourceSettings
+from p2d_core.adaptation.adaptations import adaptations
+from p2d_core.adaptation.training import TrainingSpec
+from p2d_core.affinity import scorers
+from p2d_core.evaluation.evaluate import EvaluationSpec
+from p2d_core.heads.ranking import rankers
+from p2d_core.models import check_model_folder, pick_device
+from p2d_core.samples.read import read_samples
+from p2d_core.samples.source import SourceSpec, files_of
+from p2d_core.samples.split import draw_target, refuse_overlap
+from p2d_core.samples.tokens import TextFormat
+from p2d_core.selection.subset import SelectionSpec
+from tasks.stage import BaseModel, Plugin, Runtime, SourceInput
+
+READ_WHOLE_BYTES = 256 * 2**20
+ROWS_READ_OF_MORE = 10_000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Settings as the stages take them."""
+
+    base: BaseModel
+    target: SourceInput
+    corpus: list[SourceInput]
+    evaluation: SourceInput | None
+    retention: SourceInput | None
+    ranker: Plugin
+    ranker_needs_proxy: bool
+    scorer: Plugin
+    adaptation: Plugin
+    adaptation_needs_heads: bool
+    proxy_training: TrainingSpec
+    head_proxy_training: TrainingSpec
+    training: TrainingSpec
+    full_training: TrainingSpec
+    selection: SelectionSpec
+    evaluating: EvaluationSpec
+
+
+def check_inputs(settings: RunSettings) -> Inputs:
+    """Reads what can be wrong and refuses it; writes nothing. The last answer is remembered.
+
+    Data files of more than 256 MB are read to their first 10,000 rows here; the `samples` stage
+    meets the rest before anything dear is run.
+
+    Raises:
+        InputError: says what is wrong, where, and what would do.
+    """
+    return _check_inputs(settings.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _check_inputs(settings_json: str) -> Inputs:
+    settings = RunSettings.model_validate_json(settings_json)
+    check_model_folder(Path(settings.base))
+    pick_device(settings.device)
+    ranker = rankers.make(settings.heads.ranker, settings.heads.options)
+    scorer = scorers.make(settings.scoring.scorer, settings.scoring.options)
+    options = dict(settings.training.options)
+    if settings.training.adaptation == "heads":
+        options.setdefault("include_kv", settings.heads.include_kv)
+    adaptation = adaptations.make(settings.training.adaptation, options)
+    _check_data(settings)
+    text = TextFormat(settings.format.separator, settings.format.max_tokens)
+    evaluation = settings.evaluation
+    training = settings.training
+
+    def source(given: SourceSettings) -> SourceInput:
+        return SourceInput.of(_spec(given))
+
+    def trained(epochs: float, learning_rate: float, batch_size: int) -> TrainingSpec:
+        return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
+
+    return Inputs(
+        base=BaseModel.of(Path(settings.base), settings.precision, text),
+        target=source(settings.target),
+        corpus=[source(each) for each in settings.corpus.sources],
+        evaluation=source(evaluation.source) if evaluation.source else None,
+        retention=source(evaluation.retention) if evaluation.retention else None,
+        ranker=Plugin.of(settings.heads.ranker, ranker),
+        ranker_needs_proxy=ranker.needs_proxy_run,
+        scorer=Plugin.of(settings.scoring.scorer, scorer),
+        adaptation=Plugin.of(training.adaptation, adaptation),
+        adaptation_needs_heads=adaptation.needs_heads,
+        proxy_training=trained(
+            settings.proxy.epochs, settings.proxy.learning_rate, settings.proxy.batch_size
+        ),
+        head_proxy_training=trained(
+            settings.heads.proxy_epochs,
+            settings.heads.proxy_learning_rate,
+            settings.proxy.batch_size,
+        ),
+        training=trained(training.epochs, training.learning_rate, training.batch_size),
+        full_training=trained(
+            training.epochs, settings.arms.full_learning_rate, training.batch_size
+        ),
+        selection=SelectionSpec(
+            fraction=settings.selection.fraction,
+            pool=settings.selection.pool,
+            match_lengths=settings.selection.match_lengths,
+            replay=settings.selection.replay,
+            seed=settings.seed,
+        ),
+        evaluating=EvaluationSpec(
+            evaluation.metric, evaluation.answer_pattern, evaluation.max_new_tokens
+        ),
+    )
+
+
+def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
+    """What of the settings cannot change a result."""
+    return Runtime(
+        store=str(store.resolve()),
+        run_id=run_id,
+        device=settings.device,
+        threads=settings.threads,
+        tokens_per_batch=settings.scoring.tokens_per_batch,
+        checkpoint_seconds=settings.training.checkpoint_seconds,
+    )
+
+
+def _check_data(settings: RunSettings) -> None:
+    evaluation = settings.evaluation
+    target = list(read_samples(_spec(settings.target)))
+    draw_target(
+        target,
+        n_proxy=settings.proxy.samples,
+        n_held_out=settings.proxy.held_out,
+        n_evaluation=0 if evaluation.source else evaluation.samples,
+        seed=settings.seed,
+    )
+    if evaluation.source is not None:
+        refuse_overlap(target, read_samples(_spec(evaluation.source)))
+    others = [*settings.corpus.sources]
+    if evaluation.retention is not None:
+        others.append(evaluation.retention)
+    for other in others:
+        spec = _spec(other)
+        if spec.is_on_hub:
+            continue
+        size = sum(file.path.stat().st_size for file in files_of(spec))
+        for row, _ in enumerate(read_samples(spec)):
+            if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:
+                break
+
+
+def _spec(given: SourceSettings) -> SourceSpec:
+    return SourceSpec(
+        name=given.name,
+        path=given.path,
+        prompt=given.prompt,
+        response=given.response,
+        limit=given.limit,
+        skip=given.skip,
+        split=given.split or "train",
+        revision=given.revision,
+    )

@@ -1,0 +1,86 @@
+"""What the stages of a run cost: when they were made, and now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from p2d_core.aer import AER, AER_STAGES, Reference
+from p2d_core.store import ArtifactRef
+from tasks.summary import StageLine
+
+TERM_OF_STAGE = {
+    "proxy": "proxy",
+    "heads": "heads",
+    "head_proxy": "heads",
+    "measurements": "scores",
+    "scores": "scores",
+    "subset": "subset",
+    "model": "model",
+}
+"""Which term of the AER a stage counts to; a stage that is missing counts to none."""
+
+
+@dataclass
+class _Entry:
+    stage: str
+    seconds: float
+    refs: list[ArtifactRef]
+
+
+@dataclass
+class Ledger:
+    """Every stage call of a run, in order, with the artifacts that came of it."""
+
+    run_id: str
+    entries: list[_Entry] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[list[ArtifactRef]]:
+        """Times its block, which appends the artifacts that it made or found."""
+        refs: list[ArtifactRef] = []
+        start = time.perf_counter()
+        yield refs
+        self.entries.append(_Entry(name, time.perf_counter() - start, refs))
+
+    def _costs(self, entry: _Entry) -> tuple[float, float, bool]:
+        """Cold seconds, seconds of this run, and whether all of it was reused.
+
+        What was made now cost what its manifest says; a reused artifact costs its look-up, for
+        which the call's remaining time stands.
+        """
+        manifests = [ref.manifest for ref in entry.refs]
+        made = [m for m in manifests if m.run_id == self.run_id]
+        cold = sum(float(m.cost["wall_seconds"]) for m in manifests)
+        now = sum(float(m.cost["wall_seconds"]) for m in made)
+        if len(made) < len(manifests):
+            now = max(now, entry.seconds)
+        return cold, now, not made
+
+    def lines(self) -> list[StageLine]:
+        """A line a stage, calls of the same name added up."""
+        lines: dict[str, StageLine] = {}
+        for entry in self.entries:
+            cold, now, reused = self._costs(entry)
+            line = lines.get(entry.stage)
+            lines[entry.stage] = StageLine(
+                name=entry.stage,
+                reused=reused and (line is None or line.reused),
+                seconds=now + (line.seconds if line else 0),
+                cold_seconds=cold + (line.cold_seconds if line else 0),
+            )
+        return list(lines.values())
+
+    def aer(self, reference: Reference) -> tuple[AER, AER]:
+        """Cold, and of this run. Arms that P2D is held against do not count."""
+        cold = dict.fromkeys(AER_STAGES, 0.0)
+        now = dict.fromkeys(AER_STAGES, 0.0)
+        for entry in self.entries:
+            term = TERM_OF_STAGE.get(entry.stage)
+            if term is not None:
+                costs = self._costs(entry)
+                cold[term] += costs[0]
+                now[term] += costs[1]
+        return AER(cold, reference), AER(now, reference)

@@ -1,0 +1,136 @@
+"""Puts a run's summary together from its artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from flows.ledger import Ledger
+from flows.settings import RunSettings
+from p2d_core.aer import Reference
+from p2d_core.evaluation.evaluate import HIGHER_IS_BETTER
+from p2d_core.selection.subset import SUBSET
+from p2d_core.store import ArtifactRef
+from tasks.heads import PICTURE
+from tasks.summary import (
+    AERSummary,
+    HeadsSummary,
+    QualitySummary,
+    SelectionSummary,
+    Summary,
+    TrainableSummary,
+)
+
+
+def make_summary(
+    settings: RunSettings,
+    ledger: Ledger,
+    reference: Reference,
+    corpus: ArtifactRef,
+    heads: ArtifactRef,
+    subset: ArtifactRef,
+    models: Mapping[str, ArtifactRef | None],
+    evaluations: Mapping[str, Mapping[str, ArtifactRef]],
+) -> Summary:
+    """Reads manifests and small files only."""
+    model = models["p2d"]
+    assert model is not None
+    lines = ledger.lines()
+    cold, now = ledger.aer(reference)
+    facts = model.manifest.facts
+    kept = {f"model_{arm}": ref for arm, ref in models.items() if arm != "p2d" and ref is not None}
+    last = {entry.stage: entry.refs[-1] for entry in ledger.entries if entry.refs}
+    named = last | {"heads": heads, "subset": subset, "model": model} | kept
+    return Summary(
+        run_id=ledger.run_id,
+        name=settings.name,
+        base=Path(settings.base).name,
+        target=settings.target.name,
+        heads=_heads(heads),
+        selection=_selection(settings, corpus, subset),
+        trainable=TrainableSummary(
+            parameters=facts["trainable"],
+            share_of_model=facts["share_of_model"],
+            share_of_attention=facts["share_of_attention"],
+        ),
+        quality=_quality(settings.evaluation.metric, evaluations),
+        aer=AERSummary(
+            cold=cold.ratio,
+            this_run=now.ratio,
+            speedup=cold.speedup,
+            reference=reference.kind,
+            full_seconds=reference.seconds,
+            full_spread_seconds=reference.spread_seconds,
+            stages=dict(cold.stages),
+            stages_this_run=dict(now.stages),
+        ),
+        stages=lines,
+        reused=[line.name for line in lines if line.reused],
+        artifacts={name: os.path.relpath(ref.location) for name, ref in named.items()},
+    )
+
+
+def _heads(heads: ArtifactRef) -> HeadsSummary:
+    facts = heads.manifest.facts
+    return HeadsSummary(
+        total=facts["total"],
+        selected=len(facts["task_heads"]),
+        ids=[(layer, head) for layer, head in facts["task_heads"]],
+        ranker=facts["ranker"],
+        picture=os.path.relpath(heads.path / PICTURE),
+    )
+
+
+def _selection(settings: RunSettings, corpus: ArtifactRef, subset: ArtifactRef) -> SelectionSummary:
+    facts, pool = subset.manifest.facts, corpus.manifest.facts
+    notes = list(facts["notes"])
+    if pool["duplicates"] or pool["excluded"]:
+        notes.append(
+            f"the corpus leaves out {pool['duplicates']} duplicates and {pool['excluded']} samples "
+            "of the proxy, held-out or evaluation set"
+        )
+    return SelectionSummary(
+        scorer=settings.scoring.scorer,
+        corpus=sum(facts["corpus_by_source"].values()),
+        selected=facts["rows"],
+        by_source=facts["by_source"],
+        corpus_by_source=facts["corpus_by_source"],
+        by_label=_by_label(subset),
+        notes=notes,
+    )
+
+
+def _by_label(subset: ArtifactRef) -> dict[str, int]:
+    labels: Counter[str] = Counter()
+    for extra in pq.read_table(subset.path / SUBSET, columns=["extra"])["extra"].to_pylist():
+        label = json.loads(extra).get("label")
+        if isinstance(label, str):
+            labels[label] += 1
+    return dict(labels.most_common())
+
+
+def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) -> QualitySummary:
+    def metrics(arm: str, on: str = "target") -> dict[str, float]:
+        return dict(evaluations[arm][on].manifest.facts["metrics"])
+
+    by_arm = {arm: metrics(arm)[metric] for arm in evaluations}
+    return QualitySummary(
+        metric=metric,
+        higher_is_better=HIGHER_IS_BETTER[metric],
+        base=by_arm["base"],
+        p2d=by_arm["p2d"],
+        full=by_arm.get("full"),
+        random=by_arm.get("random"),
+        retention={
+            arm: metrics(arm, "retention")[metric]
+            for arm, measured in evaluations.items()
+            if "retention" in measured
+        },
+        losses={arm: metrics(arm)["loss"] for arm in evaluations},
+        samples=evaluations["base"]["target"].manifest.facts["samples"],
+    )

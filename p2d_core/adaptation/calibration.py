@@ -1,0 +1,61 @@
+"""What full fine-tuning on everything would take, from the time of some of its steps."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from p2d_core.adaptation.training import TrainingSpec
+from p2d_core.aer import Reference
+from p2d_core.errors import TrainingError
+from p2d_core.samples.tokens import EncodedSample, collate
+
+UNTIMED_STEPS = 3
+
+
+def calibrate_full(
+    model: Any,
+    encoded: Sequence[EncodedSample],
+    spec: TrainingSpec,
+    *,
+    pad_id: int,
+    n_corpus: int,
+    steps: int,
+) -> Reference:
+    """Times full fine-tuning steps (forward, backward, AdamW) on batches drawn from the corpus.
+
+    Args:
+        encoded: a random draw of the corpus, at least a batch; used in order, again and again.
+        n_corpus: samples in the corpus; with epochs and batch size it gives the number of steps.
+        steps: how many steps are timed, after `UNTIMED_STEPS` that are not.
+
+    Returns:
+        Mean seconds a step times the steps; the spread is its standard error scaled likewise.
+    """
+    if len(encoded) < 1:
+        raise TrainingError("there are no samples to time full fine-tuning on.")
+    device = next(model.parameters()).device
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
+    seconds = []
+    for step in range(UNTIMED_STEPS + steps):
+        start = time.perf_counter()
+        first = step * spec.batch_size
+        rows = [encoded[(first + i) % len(encoded)] for i in range(spec.batch_size)]
+        batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    timed = seconds[UNTIMED_STEPS:]
+    total = math.ceil(math.ceil(n_corpus / spec.batch_size) * spec.epochs)
+    error = statistics.stdev(timed) / math.sqrt(len(timed)) if len(timed) > 1 else 0.0
+    return Reference("calibrated", statistics.fmean(timed) * total, error * total)

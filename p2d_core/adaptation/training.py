@@ -1,0 +1,186 @@
+"""Supervised fine-tuning of whatever parameters an adaptation has made trainable."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from p2d_core.errors import TrainingError
+from p2d_core.samples.tokens import EncodedSample, collate
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_WEIGHTS = "trainable.safetensors"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec:
+    """How to train; the same fields serve proxy runs, arms and full fine-tuning."""
+
+    epochs: float
+    """Passes over the samples."""
+    learning_rate: float
+    """Peak of AdamW's learning rate."""
+    batch_size: int
+    """Samples in a step."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; then it falls as a cosine to 0."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a training run left behind, the weights apart."""
+
+    curve: list[dict[str, float]]
+    """One entry a log: step, epoch, loss (nats a response token), learning_rate."""
+    steps: int
+    tokens: int
+    """Tokens that went through the model, padding not counted."""
+
+
+class _Samples(Dataset[EncodedSample]):
+    def __init__(self, encoded: Sequence[EncodedSample]) -> None:
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        return self.encoded[index]
+
+
+class _Trainer(Trainer):
+    """Keeps only the trainable parameters in checkpoints: the base is on disk already."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_trainable(self.model), folder / CHECKPOINT_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / CHECKPOINT_WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in (model or self.model).named_parameters():
+                if name in saved:
+                    parameter.copy_(saved[name])
+
+
+class _Watch(TrainerCallback):
+    """Progress, checkpoints by the clock, and an end when the loss is no number."""
+
+    def __init__(self, progress: Progress | None, checkpoint_seconds: float) -> None:
+        self.progress = progress
+        self.checkpoint_seconds = checkpoint_seconds
+        self.saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps)
+        if time.monotonic() - self.saved_at >= self.checkpoint_seconds:
+            self.saved_at = time.monotonic()
+            control.should_save = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {state.global_step} of {state.max_steps}. "
+                "Lower the learning rate, or look for broken samples in the subset."
+            )
+
+
+def train(
+    model: nn.Module,
+    encoded: Sequence[EncodedSample],
+    spec: TrainingSpec,
+    *,
+    pad_id: int,
+    scratch: Path,
+    checkpoint_seconds: float = 60,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Trains, in place, the parameters that require a gradient; loss on response tokens only.
+
+    Goes on from the last checkpoint in ``scratch`` if there is one.
+
+    Raises:
+        TrainingError: there is nothing to train or to learn from, or the loss is not a number.
+    """
+    if not encoded:
+        raise TrainingError("there are no samples to train on. Raise selection.fraction.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("the adaptation leaves no parameter to train. Raise heads.fraction.")
+    steps_an_epoch = math.ceil(len(encoded) / spec.batch_size)
+    steps = max(1, math.ceil(steps_an_epoch * spec.epochs))
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=spec.batch_size,
+        max_steps=steps,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(spec.warmup * steps),
+        weight_decay=0.0,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        logging_strategy="steps",
+        logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Samples(encoded),
+        data_collator=lambda rows: collate(rows, pad_id),
+        callbacks=[_Watch(progress, checkpoint_seconds)],
+    )
+    # the table of figures that it prints at the end is for a console of its own
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None
+    if last is not None:
+        log.info("training goes on from %s", Path(last).name)
+    trainer.train(resume_from_checkpoint=last)
+    model.eval()
+    curve = [
+        {key: float(entry[key]) for key in ("step", "epoch", "loss", "learning_rate")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    tokens = round(sum(len(sample.input_ids) for sample in encoded) * steps / steps_an_epoch)
+    return TrainingResult(curve, steps, tokens)
+
+
+def write_curve(curve: list[dict[str, float]], folder: Path) -> None:
+    """Writes ``loss.json``."""
+    (folder / "loss.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+
+
+def _trainable(model: Any) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

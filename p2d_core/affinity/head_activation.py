@@ -1,0 +1,140 @@
+"""Affinity by what the task heads put out: near to the proxy samples' outputs is high."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
+from p2d_core.attention.capture import mean_head_outputs
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.models import CapturedModel
+from p2d_core.samples.schema import Sample
+
+
+@scorers.register("head-activation")
+@dataclass(frozen=True)
+class HeadActivation:
+    """Cosine to the nearest proxy samples in the whitened space of the task heads' outputs.
+
+    A head's output, before the output projection, is averaged over all tokens of the sample;
+    whitened with the corpus' own mean and covariance, a head at a time; the heads stand side by
+    side in one vector. Costs one forward pass a sample, only as deep as the deepest task head.
+
+    Source: ours; P2D (arXiv 2605.21558) uses the task heads as a filter through attention.
+    """
+
+    neighbours: int = 5
+    """How many proxy samples, the nearest ones, the similarity is averaged over."""
+    shrinkage: float = 0.1
+    """Weight, in [0, 1], of a round covariance beside the measured one."""
+
+    version: ClassVar[str] = "1"
+    measures_target: ClassVar[bool] = False
+    needs_heads: ClassVar[bool] = True
+    needs_head_proxy: ClassVar[bool] = False
+
+    def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
+        """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, n_heads, head_dim]."""
+        assert heads is not None
+        state = {"heads": torch.tensor(heads.task_heads, dtype=torch.int64)}
+        if target.proxy:
+            state["proxy"] = self._outputs(model, state, target.proxy)
+        return state
+
+    def measure(
+        self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
+    ) -> dict[str, Any]:
+        """``head_outputs``: float32 list of n_heads x head_dim."""
+        outputs = self._outputs(model, state, shard)
+        width = outputs[0].numel()
+        flat = pa.array(outputs.reshape(-1).numpy())
+        return {"head_outputs": pa.FixedSizeListArray.from_arrays(flat, width)}
+
+    def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
+        """In [-1, 1]."""
+        whiten = self._whitening(state, measured)
+        references = whiten(state["proxy"])
+        for table in measured:
+            vectors = whiten(_outputs_of(table, state))
+            yield pa.array(nearest_mean(vectors @ references.T, self.neighbours).numpy())
+
+    def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
+        """Of the proxy samples, each left out of its own neighbours."""
+        references = self._whitening(state, measured)(state["proxy"])
+        return nearest_mean_of_others(references @ references.T, self.neighbours)
+
+    def _outputs(
+        self, model: CapturedModel, state: ScorerState, samples: Sequence[Sample]
+    ) -> Tensor:
+        heads = [(int(layer), int(head)) for layer, head in state["heads"]]
+        encoded = model.encode(samples)
+        outputs = torch.empty(len(samples), len(heads), model.layers[0].head_dim)
+        for positions, batch in model.batches(encoded):
+            outputs[positions] = (
+                mean_head_outputs(
+                    model.model, model.layers, heads, batch["input_ids"], batch["attention_mask"]
+                )
+                .float()
+                .cpu()
+            )
+        return outputs
+
+    def _whitening(self, state: ScorerState, measured: Iterable[pa.Table]) -> _Whitening:
+        moments = _Moments(*state["proxy"].shape[1:])
+        for table in measured:
+            moments.add(_outputs_of(table, state))
+        return moments.whitening(self.shrinkage)
+
+
+def _outputs_of(table: pa.Table, state: ScorerState) -> Tensor:
+    column = table["head_outputs"].combine_chunks()
+    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    return torch.from_numpy(values.copy()).view(len(table), *state["proxy"].shape[1:])
+
+
+class _Moments:
+    """Mean and covariance of each head's outputs, summed shard by shard in float64."""
+
+    def __init__(self, n_heads: int, head_dim: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(n_heads, head_dim, dtype=torch.float64)
+        self.products = torch.zeros(n_heads, head_dim, head_dim, dtype=torch.float64)
+
+    def add(self, outputs: Tensor) -> None:
+        by_head = outputs.double().transpose(0, 1)
+        self.count += len(outputs)
+        self.total += by_head.sum(dim=1)
+        self.products += by_head.transpose(1, 2) @ by_head
+
+    def whitening(self, shrinkage: float) -> _Whitening:
+        count = max(self.count, 1)
+        mean = self.total / count
+        covariance = self.products / count - mean[:, :, None] * mean[:, None, :]
+        width = mean.shape[1]
+        variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=0)
+        # samples that are all alike have no variance: any scale does, so take 1
+        variance = torch.where(variance > 1e-18, variance, torch.ones_like(variance))
+        round_one = variance[:, None, None] * torch.eye(width, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * round_one)
+        scales = values.clamp(min=1e-9 * float(variance.max())).rsqrt()
+        return _Whitening(mean, vectors * scales[:, None, :])
+
+
+@dataclass(frozen=True)
+class _Whitening:
+    mean: Tensor
+    matrix: Tensor
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Unit vectors, ``[n, n_heads * head_dim]`` float64."""
+        centred = (outputs.double() - self.mean).transpose(0, 1)
+        flat = (centred @ self.matrix).transpose(0, 1).flatten(1)
+        return torch.nn.functional.normalize(flat, dim=1)

@@ -1,0 +1,42 @@
+"""The default filter: of the domain by head activation, consistent by head-tuned loss."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from p2d_core.affinity.head_activation import HeadActivation
+from p2d_core.affinity.losses import HeadProxyLoss
+from p2d_core.affinity.protocol import Step, scorers
+
+
+@scorers.register("head-filter")
+@dataclass(frozen=True)
+class HeadFilter:
+    """Two gates that the target's own samples set; what passes is drawn from without favour.
+
+    Domain: the head-activation affinity is as high as the proxy samples have it to each other
+    (each left out of its own neighbours). Consistency: the response's loss under the base with
+    the task heads tuned on the proxy set is as low as on held-out target samples; only what is
+    of the domain is measured for it.
+
+    Source: ours.
+    """
+
+    domain_quantile: float = 0.05
+    """Quantile, in [0, 1], of the proxy samples' own affinities that a sample has to reach."""
+    consistency_quantile: float = 0.1
+    """Quantile, in [0, 1], of minus the held-out samples' losses that a sample has to reach."""
+    neighbours: int = 5
+    """As in head-activation."""
+    shrinkage: float = 0.1
+    """As in head-activation."""
+
+    version: ClassVar[str] = "1"
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Domain, then consistency."""
+        activation = HeadActivation(neighbours=self.neighbours, shrinkage=self.shrinkage)
+        return (
+            Step("domain", activation, self.domain_quantile),
+            Step("consistency", HeadProxyLoss(), self.consistency_quantile),
+        )

@@ -1,0 +1,101 @@
+"""What a scorer is: prepare, measure, compare; and how scorers chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+from torch import Tensor
+
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.models import CapturedModel
+from p2d_core.registry import Registry
+from p2d_core.samples.schema import Sample
+
+ScorerState = dict[str, Tensor]
+"""Plain arrays, so that a shard can be measured on another machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What scorers may know of the domain to adapt to."""
+
+    proxy: Sequence[Sample]
+    held_out: Sequence[Sample]
+    """Target samples that no tuning saw: what is typical is gauged on them."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Gives every sample one affinity, in three steps of which only the middle one is dear."""
+
+    version: str
+    measures_target: bool
+    """Does measure() need to know the target?"""
+    needs_heads: bool
+    """Does it look at the task heads? False: it is given none."""
+    needs_head_proxy: bool
+    """Does it look through the task heads as tuned on the proxy set?"""
+
+    def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
+        """What measure and affinity need; without target samples only what measure needs."""
+        ...
+
+    def measure(
+        self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
+    ) -> dict[str, Any]:
+        """Arrow columns of what the model has to be run for, a row a sample, in order.
+
+        Depends neither on the other samples of the shard nor on their order.
+        """
+        ...
+
+    def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
+        """One float64 array a table, in order. May iterate ``measured`` more than once.
+
+        The tables have ``sample_id, source, prompt, response, n_tokens, n_response_tokens`` and
+        the columns of `measure`; together they are the whole corpus.
+        """
+        ...
+
+
+@runtime_checkable
+class Gauged(Protocol):
+    """A scorer that can say what affinities the target's own samples have."""
+
+    def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
+        """Affinities of target samples as if they stood in the corpus, float64, shape ``[n]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One scorer of a chain, with the gate to the next."""
+
+    name: str
+    """Names its column of the scores."""
+    scorer: Scorer
+    gate: float | None = None
+    """Quantile, in [0, 1], of the target's own affinities that a sample has to reach."""
+
+
+@runtime_checkable
+class Chain(Protocol):
+    """Scorers in order; a later one measures only what the gates before it let pass."""
+
+    version: str
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """At least one; every step but the last has a gate."""
+        ...
+
+
+scorers: Registry[type[Any]] = Registry("scorer")
+
+
+def steps_of(scorer: Scorer | Chain) -> tuple[Step, ...]:
+    """The steps of a chain; a single scorer is a chain of one step without a gate."""
+    return scorer.steps if isinstance(scorer, Chain) else (Step("affinity", scorer),)

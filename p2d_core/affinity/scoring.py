@@ -1,0 +1,174 @@
+"""From measurements to scores: affinities, gates, and what the target's own samples have."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from p2d_core.affinity.measuring import MeasuredCorpus
+from p2d_core.affinity.protocol import Gauged, ScorerState, Step
+from p2d_core.errors import P2DError
+
+SCORES = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A threshold that the target's own samples set."""
+
+    name: str
+    threshold: float
+    spread: float
+    """Standard deviation of the target's own affinities; 1 if they have none."""
+    own: list[float]
+    """The target's own affinities, sorted."""
+
+    def margin(self, affinity: np.ndarray) -> np.ndarray:
+        """Spreads above the threshold; what is not below 0 passes."""
+        margins: np.ndarray = (affinity - self.threshold) / self.spread
+        return margins
+
+
+@dataclass
+class ScoredCorpus:
+    """What a step's scores amount to."""
+
+    rows: int = 0
+    passed: int = 0
+    gate: Gate | None = None
+    passing_by_shard: list[str] = field(default_factory=list)
+    """For each shard, SHA-256 over the ids of the samples that passed all gates so far."""
+    passed_by_shard: list[int] = field(default_factory=list)
+
+
+def gate_of(step: Step, state: ScorerState, measured: MeasuredCorpus) -> Gate | None:
+    """The gate of a step, None if it has none."""
+    if step.gate is None:
+        return None
+    if not isinstance(step.scorer, Gauged):
+        raise TypeError(f"step {step.name!r} has a gate, but its scorer cannot gauge the target")
+    own = step.scorer.own_affinity(state, measured).double()
+    own = own[torch.isfinite(own)]
+    if not len(own):
+        raise P2DError(f"the target's own {step.name} affinities are not numbers: no gate is set.")
+    spread = float(own.std(correction=0))
+    return Gate(
+        name=step.name,
+        threshold=float(torch.quantile(own, step.gate)),
+        spread=spread if spread > 0 else 1.0,
+        own=sorted(own.tolist()),
+    )
+
+
+def score_corpus(
+    step: Step,
+    state: ScorerState,
+    measured: MeasuredCorpus,
+    file: Path,
+    *,
+    previous: Path | None = None,
+) -> ScoredCorpus:
+    """Writes ``scores.parquet``, a row group a shard, in the corpus' order.
+
+    The columns are the score schema (``affinity`` is the smallest margin over the gates so far,
+    or the scorer's own number where no step has a gate), ``gates_passed`` int32, and one double
+    for each step so far, null where a step did not measure.
+
+    Args:
+        previous: the scores of the step before, of which this one measured what passed.
+    """
+    gate = gate_of(step, state, measured)
+    outcome = ScoredCorpus(gate=gate)
+    affinities = iter(step.scorer.affinity(state, measured))
+    before = pq.ParquetFile(previous) if previous is not None else None
+    writer: pq.ParquetWriter | None = None
+    try:
+        for index, table in enumerate(measured.by_shard()):
+            affinity = _checked(next(affinities), step, table) if len(table) else np.empty(0)
+            if before is None:
+                scored = _first(step, gate, table, affinity)
+            else:
+                scored = _next(step, gate, table, affinity, before.read_row_group(index))
+            passed = scored.filter(pc.equal(scored["gates_passed"], _gates(scored)))
+            ids = "\n".join(passed["sample_id"].to_pylist())
+            outcome.passing_by_shard.append(hashlib.sha256(ids.encode()).hexdigest())
+            outcome.passed_by_shard.append(len(passed))
+            outcome.rows += len(scored)
+            outcome.passed += len(passed)
+            writer = writer or pq.ParquetWriter(file, scored.schema, compression="zstd")
+            writer.write_table(scored, row_group_size=max(1, len(scored)))
+    finally:
+        if writer is not None:
+            writer.close()
+    return outcome
+
+
+def passing_ids(scores: Path, shard_index: int) -> set[str]:
+    """Ids of the samples of one shard that passed all gates of these scores."""
+    table = pq.ParquetFile(scores).read_row_group(shard_index)
+    passed = table.filter(pc.equal(table["gates_passed"], _gates(table)))
+    return set(passed["sample_id"].to_pylist())
+
+
+def _checked(affinity: pa.Array, step: Step, table: pa.Table) -> np.ndarray:
+    values = np.asarray(affinity, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        sample_id = table["sample_id"][int(bad[0])].as_py()
+        raise P2DError(
+            f"step {step.name!r} gave {len(bad)} affinities that are not numbers, the first for "
+            f"sample {sample_id[:12]}. Look at that sample, or use precision: float32."
+        )
+    return values
+
+
+def _first(step: Step, gate: Gate | None, table: pa.Table, affinity: np.ndarray) -> pa.Table:
+    margin = affinity if gate is None else gate.margin(affinity)
+    passed = np.zeros(len(table), np.int32) if gate is None else (margin >= 0).astype(np.int32)
+    columns = {
+        "sample_id": table["sample_id"],
+        "source": table["source"],
+        "affinity": pa.array(margin),
+        "n_tokens": table["n_tokens"],
+        "n_response_tokens": table["n_response_tokens"],
+        "gates_passed": pa.array(passed),
+    }
+    if gate is not None:
+        columns[step.name] = pa.array(affinity)
+    return _tagged(pa.table(columns), gates=int(gate is not None))
+
+
+def _next(
+    step: Step, gate: Gate | None, table: pa.Table, affinity: np.ndarray, before: pa.Table
+) -> pa.Table:
+    place = {sample_id: i for i, sample_id in enumerate(before["sample_id"].to_pylist())}
+    rows = np.array([place[i] for i in table["sample_id"].to_pylist()], dtype=np.int64)
+    margins = np.array(before["affinity"], dtype=np.float64)
+    passed = np.array(before["gates_passed"], dtype=np.int32)
+    values = np.full(len(before), np.nan)
+    values[rows] = affinity
+    if gate is None:
+        margins[rows] = affinity
+    else:
+        margins[rows] = np.minimum(margins[rows], gate.margin(affinity))
+        passed[rows] += gate.margin(affinity) >= 0
+    scored = before.set_column(
+        before.column_names.index("affinity"), "affinity", pa.array(margins)
+    ).set_column(before.column_names.index("gates_passed"), "gates_passed", pa.array(passed))
+    scored = scored.append_column(step.name, pa.array(values, mask=np.isnan(values)))
+    return _tagged(scored, gates=_gates(before) + int(gate is not None))
+
+
+def _tagged(table: pa.Table, *, gates: int) -> pa.Table:
+    return table.combine_chunks().replace_schema_metadata({"gates": str(gates)})
+
+
+def _gates(table: pa.Table) -> int:
+    return int((table.schema.metadata or {}).get(b"gates", b"0"))

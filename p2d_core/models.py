@@ -1,0 +1,228 @@
+"""Base models: checked before anything starts, hashed by content, loaded from safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2d_core.adaptation.slices import TunedSlices
+from p2d_core.attention.layout import AttentionLayer, attention_layers
+from p2d_core.errors import ModelError
+from p2d_core.samples.schema import Sample
+from p2d_core.samples.tokens import (
+    EncodedSample,
+    Encoder,
+    TextFormat,
+    batches_by_tokens,
+    collate,
+)
+from p2d_core.store.recipe import hash_files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuses what cannot be loaded safely, without loading it.
+
+    Raises:
+        ModelError: no folder, no config, no tokenizer, code of its own, or pickled weights only.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder}: there is no such folder. `base` is the folder of a Hugging Face model, "
+            "with config.json, safetensors weights and a tokenizer."
+        )
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder}: has no config.json. Give a folder that save_pretrained wrote.")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ModelError(f"{config}: is not JSON ({error}). Save the model again.") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ModelError(f"{config}: has no `model_type`. Give a folder of a Hugging Face model.")
+    if "auto_map" in values:
+        raise ModelError(
+            f"{config}: names code of its own (`auto_map`), which is never run. "
+            "Use a model that transformers knows, or remove auto_map if it does."
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{folder}: has pickled weights only ({pickled[0]}); loading them can run code. "
+                "Convert them once: model.save_pretrained(folder, safe_serialization=True)."
+            )
+        raise ModelError(f"{folder}: has no weights (*.safetensors). Save the model again.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ModelError(
+            f"{folder}: has no tokenizer. Save it beside the model: tokenizer.save_pretrained(...)."
+        )
+
+
+def model_hash(folder: Path) -> str:
+    """SHA-256 (hex) over config, weights and tokenizer: the same wherever the folder lies."""
+    kept = (".json", ".safetensors", ".txt", ".model", ".jinja")
+    return hash_files(file for file in folder.iterdir() if file.suffix in kept and file.is_file())
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {name!r} cannot be used ({error}). Use `device: auto`."
+        ) from error
+    return device
+
+
+def load_model(folder: Path, precision: str, device: torch.device) -> Any:
+    """A causal language model in evaluation mode, attention through SDPA.
+
+    Raises:
+        ModelError: transformers cannot make a model of the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_folder(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: transformers cannot make a tokenizer of the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+
+
+@dataclass
+class CapturedModel:
+    """A base model as scorers see it: loaded when first needed, never changed for long.
+
+    ``tuned`` holds the task heads' slices after the proxy set (head_proxy), for scorers that look
+    through tuned heads.
+    """
+
+    folder: Path
+    precision: str = "float32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    text: TextFormat = field(default_factory=TextFormat)
+    tokens_per_batch: int = 8192
+    tuned: TunedSlices | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Loaded without the weights."""
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """From samples to token ids."""
+        return Encoder(self.tokenizer, self.text)
+
+    @cached_property
+    def model(self) -> Any:
+        """The weights, on the device."""
+        model = load_model(self.folder, self.precision, self.device)
+        model.requires_grad_(False)
+        return model
+
+    @cached_property
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """Where its heads are."""
+        return attention_layers(self.model)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills batches; never attended to."""
+        return self.encoder.pad_id
+
+    def encode(self, samples: Sequence[Sample]) -> list[EncodedSample]:
+        """Token ids of each sample, in order."""
+        return list(self.encoder.encode_all(samples))
+
+    def batches(
+        self, encoded: Sequence[EncodedSample]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Positions in ``encoded`` and their collated tensors, on the device."""
+        for positions in batches_by_tokens(encoded, token_budget=self.tokens_per_batch):
+            batch = collate([encoded[i] for i in positions], self.pad_id)
+            yield positions, {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    @contextmanager
+    def looking_through(self, *, tuned: bool) -> Iterator[None]:
+        """With ``tuned`` the task heads' tuned slices stand in the model while the block runs."""
+        if tuned and self.tuned is None:
+            raise ValueError("this model was made without tuned slices")
+        with self.tuned.applied(self.model) if tuned and self.tuned else nullcontext():
+            yield
+
+    def response_losses(self, encoded: Sequence[EncodedSample]) -> Tensor:
+        """Mean cross-entropy (nats) of each sample's response tokens, float32, shape ``[n]``."""
+        return self.losses_of(self.model, encoded)
+
+    def losses_of(self, model: nn.Module, encoded: Sequence[EncodedSample]) -> Tensor:
+        """`response_losses` under another model on the same device, such as one in training."""
+        losses = torch.empty(len(encoded), dtype=torch.float32)
+        for positions, batch in self.batches(encoded):
+            losses[positions] = response_losses(model, batch).cpu()
+        return losses
+
+
+@torch.inference_mode()
+def response_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy (nats) of the response tokens of each row, float32, shape ``[batch]``.
+
+    Logits are made only from the first position that some row's loss needs: with a large
+    vocabulary they outweigh the rest of the pass.
+    """
+    labels = batch["labels"][:, 1:]
+    wanted = (labels != -100).any(dim=0).nonzero()
+    if not len(wanted):
+        return torch.zeros(len(labels))
+    first = int(wanted[0])
+    keep = torch.arange(first, labels.shape[1], device=labels.device)
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=keep,
+        use_cache=False,
+    ).logits
+    labels = labels[:, first:]
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+    ).view_as(labels)
+    counts = (labels != -100).sum(dim=1).clamp(min=1)
+    return losses.sum(dim=1) / counts

@@ -1,0 +1,55 @@
+"""Ranks the query heads and keeps the head map with its picture."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as pq
+
+from p2d_core.heads.head_map import HeadMap, read_head_map
+from p2d_core.heads.picture import draw
+from p2d_core.heads.ranking import RankingEvidence, rankers
+from p2d_core.store import ArtifactRef, Making
+from tasks.progress import progress_of
+from tasks.proxy import slices_in
+from tasks.samples import target_part
+from tasks.stage import BaseModel, Plugin, Runtime, stage
+
+HEADS = "heads.parquet"
+PICTURE = "heads.png"
+
+
+@stage("heads")
+def rank_heads(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    proxy: ArtifactRef | None,
+    target: ArtifactRef,
+    ranker: Plugin,
+    fraction: float,
+) -> None:
+    """Every query head with its score; the best ``fraction`` are the task heads."""
+    captured = base.captured(runtime)
+    with progress_of("heads") as progress:
+        evidence = RankingEvidence(
+            model=captured.model,
+            layers=captured.layers,
+            proxy=slices_in(proxy) if proxy is not None else None,
+            samples=captured.encode(target_part(target, "proxy")),
+            pad_id=captured.pad_id,
+            progress=progress,
+        )
+        scores = rankers.make(ranker.name, ranker.options).rank(evidence)
+    head_map = HeadMap.from_scores(scores, captured.layers[0].n_kv_groups, fraction)
+    pq.write_table(head_map.to_table(), making.folder / HEADS)
+    draw(head_map, making.folder / PICTURE, ranker.name)
+    making.facts |= {
+        "ranker": ranker.name,
+        "total": scores.numel(),
+        "task_heads": [list(head) for head in head_map.task_heads],
+    }
+    making.samples = len(evidence.samples)
+
+
+def head_map_in(ref: ArtifactRef) -> HeadMap:
+    """The head map of a `heads` artifact."""
+    return read_head_map(ref.path / HEADS)

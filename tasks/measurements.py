@@ -1,0 +1,93 @@
+"""What the model has to be run for, one shard of the corpus at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from p2d_core.affinity import Scorer, Step, Target, scorers, steps_of
+from p2d_core.affinity.measuring import MEASURED, measure_shard
+from p2d_core.affinity.scoring import SCORES, passing_ids
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.models import CapturedModel
+from p2d_core.samples.shards import read_shard
+from p2d_core.store import ArtifactRef, Making
+from tasks.heads import head_map_in
+from tasks.proxy import slices_in
+from tasks.samples import target_part
+from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, stage
+
+NO_TARGET = Target((), ())
+
+
+@stage("measurements", outside_key=("heads", "previous"))
+def measure(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    scorer: Plugin,
+    step: int,
+    shard: ShardRef,
+    passing: str | None,
+    task_heads: tuple[tuple[int, int], ...],
+    head_proxy: ArtifactRef | None,
+    target: ArtifactRef | None,
+    heads: ArtifactRef | None,
+    previous: ArtifactRef | None,
+) -> None:
+    """Measures the samples of a shard that passed the steps before.
+
+    Of the head map only the task heads are in the key, of the steps before only which samples of
+    this shard they let pass (``passing``), and the target only if the scorer measures it: another
+    target or another ranking that ends in the same heads measures nothing again.
+    """
+    one = scorer_step(scorer, step).scorer
+    model = model_for(base, runtime, head_proxy)
+    samples = read_shard(Path(shard.file))
+    if previous is not None:
+        passed = passing_ids(previous.path / SCORES, shard.index)
+        samples = [sample for sample in samples if sample.sample_id in passed]
+    known = target_of(target) if target is not None else NO_TARGET
+    state = one.prepare(model, head_map_of(heads), known)
+    measured = measure_shard(one, model, state, samples)
+    pq.write_table(measured, making.folder / MEASURED, compression="zstd")
+    making.samples = len(samples)
+    making.tokens = sum(measured["n_tokens"].to_pylist())
+
+
+def scorer_step(scorer: Plugin, step: int) -> Step:
+    """One step of a scorer; a scorer that is no chain has one."""
+    return steps_of(scorers.make(scorer.name, scorer.options))[step]
+
+
+def n_steps(scorer: Plugin) -> int:
+    """How many steps a scorer has."""
+    return len(steps_of(scorers.make(scorer.name, scorer.options)))
+
+
+def model_for(base: BaseModel, runtime: Runtime, head_proxy: ArtifactRef | None) -> CapturedModel:
+    """The base, with the task heads' tuned slices at hand if there are any."""
+    model = base.captured(runtime)
+    if head_proxy is None:
+        return model
+    tuned = replace(model, tuned=slices_in(head_proxy))
+    # what has been loaded already serves both
+    tuned.__dict__.update({k: v for k, v in model.__dict__.items() if k != "tuned"})
+    return tuned
+
+
+def head_map_of(heads: ArtifactRef | None) -> HeadMap | None:
+    """The head map, None for scorers that look at no heads."""
+    return head_map_in(heads) if heads is not None else None
+
+
+def target_of(ref: ArtifactRef) -> Target:
+    """What scorers may know of the target."""
+    return Target(target_part(ref, "proxy"), target_part(ref, "held_out"))
+
+
+def needs(scorer: Scorer, what: str) -> bool:
+    """Whether a scorer needs ``heads``, ``head_proxy`` or ``target`` while it measures."""
+    return bool(getattr(scorer, {"target": "measures_target"}.get(what, f"needs_{what}")))

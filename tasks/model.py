@@ -1,0 +1,117 @@
+"""Fine-tuning of an arm, and what full fine-tuning would cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import islice
+
+import pyarrow.parquet as pq
+
+from p2d_core.adaptation.adaptations import adaptations, n_trainable
+from p2d_core.adaptation.calibration import calibrate_full
+from p2d_core.adaptation.training import TrainingSpec, train, write_curve
+from p2d_core.aer import Reference
+from p2d_core.attention.layout import attention_layers, projection_weights
+from p2d_core.models import load_model
+from p2d_core.samples.schema import Sample, from_table
+from p2d_core.selection.subset import SUBSET
+from p2d_core.store import ArtifactRef, Making
+from tasks.heads import head_map_in
+from tasks.progress import progress_of
+from tasks.samples import all_samples
+from tasks.stage import BaseModel, Plugin, Runtime, stage
+
+REFERENCE = "reference.json"
+
+
+@stage("model", outside_key=("heads", "arm"))
+def fine_tune(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    samples: ArtifactRef,
+    adaptation: Plugin,
+    task_heads: tuple[tuple[int, int], ...],
+    training: TrainingSpec,
+    heads: ArtifactRef | None,
+    arm: str,
+) -> None:
+    """Trains on a subset (or a whole corpus); keeps what moved and the loss curve."""
+    captured = base.captured(runtime)
+    model = load_model(captured.folder, base.precision, captured.device)
+    layers = attention_layers(model)
+    in_model = sum(parameter.numel() for parameter in model.parameters())
+    in_attention = sum(
+        w.numel() for layer in layers for w in projection_weights(model, layer).values()
+    )
+    plugin = adaptations.make(adaptation.name, adaptation.options)
+    head_map = head_map_in(heads) if heads is not None else None
+    attached = plugin.attach(model, layers, head_map, captured.folder.name)
+    trainable = n_trainable(attached.model)
+    encoded = captured.encode(samples_in(samples))
+    with progress_of(f"model ({arm})") as progress:
+        result = train(
+            attached.model,
+            encoded,
+            training,
+            pad_id=captured.pad_id,
+            scratch=making.scratch,
+            checkpoint_seconds=runtime.checkpoint_seconds,
+            progress=progress,
+        )
+    attached.keep(making.folder)
+    write_curve(result.curve, making.folder)
+    making.samples, making.tokens = len(encoded), result.tokens
+    making.facts |= {
+        "adaptation": adaptation.name,
+        "steps": result.steps,
+        "trainable": trainable,
+        "share_of_model": trainable / in_model,
+        "share_of_attention": trainable / in_attention,
+    }
+
+
+@stage("reference")
+def calibrate(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    corpus: ArtifactRef,
+    training: TrainingSpec,
+    steps: int,
+    machine: str,
+) -> None:
+    """The seconds of full fine-tuning on the whole corpus, from some of its steps.
+
+    ``machine`` is in the key: the same corpus takes another time on another machine.
+    """
+    captured = base.captured(runtime)
+    model = load_model(captured.folder, base.precision, captured.device)
+    wanted = training.batch_size * (steps + 3)
+    drawn = sorted(islice(all_samples(corpus), 50 * wanted), key=lambda s: s.sample_id)[:wanted]
+    encoded = captured.encode(drawn)
+    reference = calibrate_full(
+        model,
+        encoded,
+        training,
+        pad_id=captured.pad_id,
+        n_corpus=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]),
+        steps=steps,
+    )
+    text = json.dumps(asdict(reference), indent=2) + "\n"
+    (making.folder / REFERENCE).write_text(text, encoding="utf-8")
+    making.facts |= asdict(reference)
+    making.samples = len(drawn)
+
+
+def reference_in(ref: ArtifactRef) -> Reference:
+    """A calibrated reference."""
+    return Reference(**json.loads((ref.path / REFERENCE).read_text(encoding="utf-8")))
+
+
+def samples_in(ref: ArtifactRef) -> list[Sample]:
+    """The samples of a subset, or all of a corpus."""
+    if (ref.path / SUBSET).exists():
+        return from_table(pq.read_table(ref.path / SUBSET))
+    return list(all_samples(ref))

@@ -1,0 +1,97 @@
+"""The proxy run: all attention projections, tuned shortly on the proxy samples."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from p2d_core.adaptation.adaptations import Attention, attention_slices
+from p2d_core.adaptation.masked import attach_head_deltas
+from p2d_core.adaptation.slices import TunedSlices
+from p2d_core.adaptation.training import TrainingSpec, train, write_curve
+from p2d_core.attention.layout import attention_layers
+from p2d_core.heads.head_map import read_head_map
+from p2d_core.models import CapturedModel, load_model
+from p2d_core.samples.tokens import EncodedSample
+from p2d_core.store import ArtifactRef, Making
+from tasks.progress import progress_of
+from tasks.samples import target_part
+from tasks.stage import BaseModel, Runtime, stage
+
+SLICES = "slices.safetensors"
+
+
+@stage("proxy")
+def proxy_run(
+    making: Making, runtime: Runtime, base: BaseModel, target: ArtifactRef, training: TrainingSpec
+) -> None:
+    """Keeps the tuned attention slices, not a second whole model, and the loss curve."""
+    captured = base.captured(runtime)
+    model = load_model(captured.folder, base.precision, captured.device)
+    layers = attention_layers(model)
+    Attention().attach(model, layers, None, base.folder)
+    _tune(making, runtime, captured, model, target, training, "proxy")
+    attention_slices(model, layers).save(making.folder / SLICES)
+
+
+@stage("head_proxy")
+def head_proxy_run(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    heads: ArtifactRef,
+    target: ArtifactRef,
+    include_kv: bool,
+    training: TrainingSpec,
+) -> None:
+    """The task heads' slices alone, tuned on the proxy set, for scorers that look through them."""
+    captured = base.captured(runtime)
+    model = load_model(captured.folder, base.precision, captured.device)
+    head_map = read_head_map(heads.path / "heads.parquet")
+    deltas = attach_head_deltas(
+        model, attention_layers(model), head_map.task_heads, include_kv=include_kv
+    )
+    _tune(making, runtime, captured, model, target, training, "head_proxy")
+    deltas.tuned().save(making.folder / SLICES)
+
+
+def slices_in(ref: ArtifactRef) -> TunedSlices:
+    """What a proxy or head_proxy run keeps."""
+    return TunedSlices.load(ref.path / SLICES)
+
+
+def _tune(
+    making: Making,
+    runtime: Runtime,
+    captured: CapturedModel,
+    model: torch.nn.Module,
+    target: ArtifactRef,
+    training: TrainingSpec,
+    name: str,
+) -> None:
+    encoded = captured.encode(target_part(target, "proxy"))
+    held_out = captured.encode(target_part(target, "held_out"))
+    before = _mean_loss(captured, model, held_out)
+    with progress_of(name) as progress:
+        result = train(
+            model,
+            encoded,
+            training,
+            pad_id=captured.pad_id,
+            scratch=making.scratch,
+            checkpoint_seconds=runtime.checkpoint_seconds,
+            progress=progress,
+        )
+    after = _mean_loss(captured, model, held_out)
+    write_curve(result.curve, making.folder)
+    facts = {"held_out_loss_before": before, "held_out_loss_after": after, "steps": result.steps}
+    (making.folder / "held_out.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    making.facts |= facts
+    making.samples, making.tokens = len(encoded), result.tokens
+
+
+def _mean_loss(
+    captured: CapturedModel, model: torch.nn.Module, encoded: list[EncodedSample]
+) -> float:
+    return float(captured.losses_of(model, encoded).mean())

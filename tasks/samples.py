@@ -1,0 +1,102 @@
+"""Data files into canonical shards; the target's parts; the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from p2d_core.samples.read import read_samples
+from p2d_core.samples.schema import Sample, to_table
+from p2d_core.samples.shards import read_shard, write_shards
+from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
+from p2d_core.store import ArtifactRef, Making
+from tasks.stage import Runtime, ShardRef, SourceInput, stage
+
+PARTS = ("proxy", "held_out", "evaluation", "rest")
+
+
+@stage("samples")
+def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
+    """One source, as it is."""
+    shards = write_shards(read_samples(source.spec), making.folder)
+    making.samples = sum(shard.rows for shard in shards)
+    making.facts["source"] = source.spec.name
+    making.facts["shards"] = [asdict(shard) for shard in shards]
+
+
+@stage("samples")
+def split_target(
+    making: Making,
+    runtime: Runtime,
+    target: ArtifactRef,
+    evaluation: ArtifactRef | None,
+    n_proxy: int,
+    n_held_out: int,
+    n_evaluation: int,
+    seed: int,
+) -> None:
+    """The target's proxy set, held-out set, evaluation set (unless it has its own) and rest."""
+    samples = list(all_samples(target))
+    if evaluation is not None:
+        refuse_overlap(samples, all_samples(evaluation))
+        n_evaluation = 0
+    split = draw_target(
+        samples, n_proxy=n_proxy, n_held_out=n_held_out, n_evaluation=n_evaluation, seed=seed
+    )
+    for part in PARTS:
+        pq.write_table(to_table(getattr(split, part)), making.folder / f"{part}.parquet")
+    making.samples = len(samples)
+    making.facts |= {part: len(getattr(split, part)) for part in PARTS}
+
+
+@stage("samples")
+def assemble(
+    making: Making,
+    runtime: Runtime,
+    sources: list[ArtifactRef],
+    target: ArtifactRef,
+    evaluation: ArtifactRef | None,
+    include_target: bool,
+) -> None:
+    """The corpus: every sample once, none of the proxy, held-out and evaluation sets."""
+    excluded = {
+        sample.sample_id
+        for part in ("proxy", "held_out", "evaluation")
+        for sample in target_part(target, part)
+    }
+    if evaluation is not None:
+        excluded |= {sample.sample_id for sample in all_samples(evaluation)}
+    pools: list[Iterable[Sample]] = [all_samples(source) for source in sources]
+    if include_target:
+        pools.append(target_part(target, "rest"))
+    counts = CorpusCounts()
+    shards = write_shards(assemble_corpus(pools, excluded, counts), making.folder)
+    making.samples = counts.total
+    making.facts |= {
+        "shards": [asdict(shard) for shard in shards],
+        "kept": dict(counts.kept),
+        "duplicates": counts.duplicates,
+        "excluded": counts.excluded,
+    }
+
+
+def all_samples(ref: ArtifactRef) -> Iterator[Sample]:
+    """Every sample of an artifact that is made of shards, a shard at a time."""
+    for shard in shards_of(ref):
+        yield from read_shard(Path(shard.file))
+
+
+def shards_of(ref: ArtifactRef) -> list[ShardRef]:
+    """The shards of a source or corpus, in order."""
+    return [
+        ShardRef(str(ref.path / shard["file"]), index, shard["sha"])
+        for index, shard in enumerate(ref.manifest.facts["shards"])
+    ]
+
+
+def target_part(ref: ArtifactRef, part: str) -> list[Sample]:
+    """One of `PARTS` of a split target."""
+    return read_shard(ref.path / f"{part}.parquet")

@@ -1,0 +1,242 @@
+"""A stage as a Prefect task: its artifact is made once, and found again by what it is made from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import CachePolicy
+from prefect.serializers import JSONSerializer
+
+from p2d_core.errors import TransientError
+from p2d_core.models import CapturedModel, model_hash, pick_device
+from p2d_core.samples.source import SourceSpec, content_hash
+from p2d_core.samples.tokens import TextFormat
+from p2d_core.store import ArtifactRef, Making, Recipe, Store
+from p2d_core.store.manifest import MANIFEST
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run is made with and cannot change a result: it is in no key."""
+
+    store: str
+    run_id: str
+    device: str = "auto"
+    threads: int = 0
+    tokens_per_batch: int = 8192
+    checkpoint_seconds: float = 60
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model and how text goes into it; its content is in keys, its folder is not."""
+
+    folder: str
+    sha256: str
+    precision: str
+    separator: str
+    max_tokens: int
+
+    @classmethod
+    def of(cls, folder: Path, precision: str, text: TextFormat) -> BaseModel:
+        """Hashes the folder."""
+        return cls(str(folder), model_hash(folder), precision, text.separator, text.max_tokens)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it can change a result."""
+        return {k: v for k, v in asdict(self).items() if k != "folder"}
+
+    def captured(self, runtime: Runtime, **more: Any) -> CapturedModel:
+        """The model, loaded when it is first needed; kept for the process."""
+        return _captured(self, runtime.device, runtime.threads, runtime.tokens_per_batch, **more)
+
+
+@functools.lru_cache(maxsize=1)
+def _captured(base: BaseModel, device: str, threads: int, tokens_per_batch: int) -> CapturedModel:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return CapturedModel(
+        Path(base.folder),
+        precision=base.precision,
+        device=pick_device(device),
+        text=TextFormat(base.separator, base.max_tokens),
+        tokens_per_batch=tokens_per_batch,
+    )
+
+
+@dataclass(frozen=True)
+class SourceInput:
+    """A source of samples; the content of its files is in keys, their place is not."""
+
+    spec: SourceSpec
+    sha256: str
+
+    @classmethod
+    def of(cls, spec: SourceSpec) -> SourceInput:
+        """Hashes the files."""
+        return cls(spec, content_hash(spec))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it can change a result."""
+        return {"sha256": self.sha256} | {k: v for k, v in asdict(self.spec).items() if k != "path"}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A ranker, scorer or adaptation by name, made where it is used; its version is in keys."""
+
+    name: str
+    version: str
+    settings: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, name: str, made: Any) -> Plugin:
+        """From a plug-in that was made, so that defaults count as if they had been given."""
+        return cls(name, made.version, tuple(sorted(asdict(made).items())))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings to make it again with."""
+        return dict(self.settings)
+
+
+@dataclass(frozen=True)
+class ShardRef:
+    """One shard of the corpus; only the ids in it are in keys."""
+
+    file: str
+    index: int
+    sha: str
+
+    @property
+    def identity(self) -> str:
+        """`p2d_core.samples.shards.shard_hash` of its samples."""
+        return self.sha
+
+
+def is_transient(task: Any, run: Any, state: Any) -> bool:
+    """Whether a failure may pass by itself: those alone are tried again."""
+    import torch
+
+    try:
+        state.result()
+    except (TransientError, OSError, torch.cuda.OutOfMemoryError):
+        return True
+    except Exception:
+        return False
+    return False
+
+
+class StoredResult(JSONSerializer):
+    """JSON, never pickle; a result whose artifact is gone counts as no result."""
+
+    type: str = "p2d-stored"
+
+    def loads(self, blob: bytes) -> Any:
+        """Raises FileNotFoundError, which Prefect takes for a miss, when the artifact is gone."""
+        ref = super().loads(blob)
+        if isinstance(ref, ArtifactRef) and not (ref.path / MANIFEST).exists():
+            raise FileNotFoundError(ref.location)
+        return ref
+
+
+@dataclass
+class ArtifactKey(CachePolicy):
+    """Prefect's cache key is the artifact's own key, told apart by store."""
+
+    recipe_of: Callable[[Mapping[str, Any]], Recipe] | None = None
+
+    def compute_key(
+        self,
+        task_ctx: Any,
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],
+        **kwargs: Any,
+    ) -> str | None:
+        """``<stage>-<key>-<store>``."""
+        assert self.recipe_of is not None
+        recipe = self.recipe_of(inputs)
+        store = hashlib.sha256(inputs["runtime"].store.encode()).hexdigest()[:8]
+        return f"{recipe.stage}-{recipe.key[:40]}-{store}"
+
+
+def stage(
+    name: str, *, version: str = "1", outside_key: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Task[..., ArtifactRef]]:
+    """Turns ``build(making, runtime, **inputs)`` into a Prefect task that returns an ArtifactRef.
+
+    The recipe is made of all inputs but ``runtime`` and those named in ``outside_key``: artifacts
+    by their key, base models, sources and shards by their content, the rest by value.
+    """
+
+    def wrap(build: Callable[..., None]) -> Task[..., ArtifactRef]:
+        signature = inspect.signature(build)
+
+        def recipe_of(inputs: Mapping[str, Any]) -> Recipe:
+            settings: dict[str, Any] = {}
+            made_from: dict[str, Any] = {}
+            for key, value in inputs.items():
+                if key != "runtime" and key not in outside_key:
+                    (made_from if _is_input(value) else settings)[key] = _plain(value)
+            return Recipe(name, version, settings, made_from)
+
+        @functools.wraps(build)
+        def run(*args: Any, **kwargs: Any) -> ArtifactRef:
+            bound = run.__signature__.bind(*args, **kwargs)  # type: ignore[attr-defined]
+            bound.apply_defaults()
+            runtime: Runtime = bound.arguments["runtime"]
+
+            def make(making: Making) -> None:
+                build(making, **bound.arguments)
+
+            return Store(Path(runtime.store)).produce(
+                recipe_of(bound.arguments), make, run_id=runtime.run_id
+            )
+
+        parameters = [p for n, p in signature.parameters.items() if n != "making"]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {"return": ArtifactRef}
+        made = task(
+            run,
+            name=name,
+            retries=2,
+            retry_delay_seconds=[1, 5],
+            retry_condition_fn=is_transient,
+            cache_policy=ArtifactKey(recipe_of=recipe_of),
+            persist_result=True,
+            result_serializer=StoredResult(),
+        )
+        return made
+
+    return wrap
+
+
+def _is_input(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_is_input(part) for part in value)
+    return isinstance(value, ArtifactRef | BaseModel | SourceInput | ShardRef)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ArtifactRef):
+        return value.key
+    if hasattr(value, "identity"):
+        return _plain(value.identity)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
