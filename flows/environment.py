@@ -12,6 +12,7 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
     What the user has set stays: with PREFECT_API_URL the runs go to that server.
     """
     prefect = store.resolve() / "prefect"
+    prefect.mkdir(parents=True, exist_ok=True)  # its server cannot make more than one level
     defaults = {
         "PREFECT_HOME": prefect,
         "PREFECT_LOCAL_STORAGE_PATH": prefect / "results",

@@ -150,8 +150,8 @@ def _next(
 ) -> pa.Table:
     place = {sample_id: i for i, sample_id in enumerate(before["sample_id"].to_pylist())}
     rows = np.array([place[i] for i in table["sample_id"].to_pylist()], dtype=np.int64)
-    margins = np.array(before["affinity"], dtype=np.float64)
-    passed = np.array(before["gates_passed"], dtype=np.int32)
+    margins = before["affinity"].to_numpy().copy()
+    passed = before["gates_passed"].to_numpy().copy()
     values = np.full(len(before), np.nan)
     values[rows] = affinity
     if gate is None:
