@@ -23,6 +23,7 @@ from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
 from tasks.measurements import measure, n_steps, scorer_step
 from tasks.model import calibrate, fine_tune, reference_in
+from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
 from tasks.samples import assemble, read_source, shards_of, split_target
 from tasks.scores import score
@@ -178,14 +179,18 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> Ar
             "previous": scores,
         }
         with run.ledger.stage("measurements") as made:
-            measured = measure.map(
+            futures = measure.map(
                 unmapped(run.runtime),
                 shard=shards,
                 passing=passing,
                 target=unmapped(data.target if one.measures_target else None),
                 **{name: unmapped(value) for name, value in looked_at.items()},
-            ).result()
-            made += measured
+            )
+            with progress_of("measurements (shards)") as progress:
+                for done, future in enumerate(futures, start=1):
+                    made.append(future.result())
+                    progress(done, len(shards))
+            measured = list(made)
         with run.ledger.stage("scores") as made:
             scores = score(
                 run.runtime,

@@ -96,10 +96,12 @@ def load_model(folder: Path, precision: str, device: torch.device) -> Any:
         ModelError: transformers cannot make a model of the folder.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     check_model_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=DTYPES[precision],
             use_safetensors=True,

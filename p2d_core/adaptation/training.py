@@ -69,14 +69,15 @@ class _Trainer(Trainer):
     """Keeps only the trainable parameters in checkpoints: the base is on disk already."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_trainable(self.model), folder / CHECKPOINT_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / CHECKPOINT_WEIGHTS)
+        assert self.model is not None
         with torch.no_grad():
-            for name, parameter in (model or self.model).named_parameters():
+            for name, parameter in self.model.named_parameters():
                 if name in saved:
                     parameter.copy_(saved[name])
 
@@ -159,7 +160,7 @@ def train(
     )
     # the table of figures that it prints at the end is for a console of its own
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None
+    last = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None  # type: ignore[no-untyped-call]
     if last is not None:
         log.info("training goes on from %s", Path(last).name)
     trainer.train(resume_from_checkpoint=last)

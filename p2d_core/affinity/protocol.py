@@ -31,13 +31,25 @@ class Target:
 class Scorer(Protocol):
     """Gives every sample one affinity, in three steps of which only the middle one is dear."""
 
-    version: str
-    measures_target: bool
-    """Does measure() need to know the target?"""
-    needs_heads: bool
-    """Does it look at the task heads? False: it is given none."""
-    needs_head_proxy: bool
-    """Does it look through the task heads as tuned on the proxy set?"""
+    @property
+    def version(self) -> str:
+        """Changes when the same inputs give other affinities."""
+        ...
+
+    @property
+    def measures_target(self) -> bool:
+        """Does measure() need to know the target?"""
+        ...
+
+    @property
+    def needs_heads(self) -> bool:
+        """Does it look at the task heads? False: it is given none."""
+        ...
+
+    @property
+    def needs_head_proxy(self) -> bool:
+        """Does it look through the task heads as tuned on the proxy set?"""
+        ...
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """What measure and affinity need; without target samples only what measure needs."""
@@ -85,7 +97,10 @@ class Step:
 class Chain(Protocol):
     """Scorers in order; a later one measures only what the gates before it let pass."""
 
-    version: str
+    @property
+    def version(self) -> str:
+        """Changes when the same inputs give other scores."""
+        ...
 
     @property
     def steps(self) -> tuple[Step, ...]:

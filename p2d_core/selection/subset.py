@@ -168,11 +168,14 @@ def select_subset(
     replayed = _number(connection, "SELECT count(*) FROM chosen WHERE chosen_by = 'replay'")
     if replayed < replay:
         notes.append(f"replay: {replay} samples were wanted, other sources have {replayed}")
-    result = run(
+    run.remember(RESULT, seed=spec.seed)
+    result = connection.sql(
         RESULT,
-        seed=str(spec.seed),
-        corpus=[str(file) for file in corpus],
-        scores=str(scores),
+        params={
+            "seed": str(spec.seed),
+            "corpus": [str(file) for file in corpus],
+            "scores": str(scores),
+        },
     ).to_arrow_table()
     pq.write_table(result, folder / SUBSET, compression="zstd")
     (folder / "query.sql").write_text(run.text(), encoding="utf-8")
@@ -194,12 +197,16 @@ class _Script:
         self.connection = connection
         self.done: list[str] = []
 
-    def __call__(self, statement: str, **parameters: Any) -> duckdb.DuckDBPyConnection:
+    def __call__(self, statement: str, **parameters: Any) -> None:
+        self.remember(statement, **parameters)
+        self.connection.execute(statement, parameters or None)
+
+    def remember(self, statement: str, **parameters: Any) -> None:
+        """Notes a statement that is run elsewhere."""
         # file names are this machine's: the inputs stand in the manifest
         shown = {k: v for k, v in parameters.items() if isinstance(v, int) or k == "seed"}
         values = ", ".join(f"${name} = {value!r}" for name, value in shown.items())
         self.done.append((f"-- {values}\n" if values else "") + statement.strip() + ";\n")
-        return self.connection.execute(statement, parameters or None)
 
     def text(self) -> str:
         return "\n".join(self.done)

@@ -1,0 +1,38 @@
+# Everything runs from a fresh clone: each target makes .venv first if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint types imports pytest slow clean
+
+demo: $(INSTALLED)  ## the main job on a small example that ships with the project
+	@$(BIN)/p2d demo
+
+test: lint types imports pytest  ## what CI runs
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+imports: $(INSTALLED)
+	$(BIN)/lint-imports
+
+pytest: $(INSTALLED)
+	$(BIN)/pytest
+
+slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
+	$(BIN)/pytest -m slow --timeout 3600
+
+clean:  ## artifacts of the demo; .venv stays
+	rm -rf artifacts/*/ .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "P2D needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	@echo "Installing pinned dependencies into .venv (once; a few minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
