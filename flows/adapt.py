@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,10 @@ from tasks.summary import Summary
 
 NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
+
+
+_checked: ContextVar[Inputs | None] = ContextVar("checked", default=None)
+"""What `run_adapt` has checked, so that the flow does not read all data once more."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,11 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
-    return named(settings, store=str(store.resolve()), head_map=head_map)
+    checked = _checked.set(inputs)
+    try:
+        return named(settings, store=str(store.resolve()), head_map=head_map)
+    finally:
+        _checked.reset(checked)
 
 
 @flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
@@ -77,7 +86,7 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     """Adapts a base model to a target by its task heads, and says what it cost."""
     start = time.perf_counter()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    inputs = check_inputs(settings)
+    inputs = _checked.get() or check_inputs(settings)
     run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
 
     data = read_data(run)

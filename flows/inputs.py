@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from flows.settings import RunSettings, SourceSettings
@@ -47,7 +46,7 @@ class Inputs:
 
 
 def check_inputs(settings: RunSettings) -> Inputs:
-    """Reads what can be wrong and refuses it; writes nothing. The last answer is remembered.
+    """Reads what can be wrong and refuses it; writes nothing.
 
     Data files of more than 256 MB are read to their first 10,000 rows here; the `samples` stage
     meets the rest before anything dear is run.
@@ -55,12 +54,6 @@ def check_inputs(settings: RunSettings) -> Inputs:
     Raises:
         InputError: says what is wrong, where, and what would do.
     """
-    return _check_inputs(settings.model_dump_json())
-
-
-@lru_cache(maxsize=1)
-def _check_inputs(settings_json: str) -> Inputs:
-    settings = RunSettings.model_validate_json(settings_json)
     check_model_folder(Path(settings.base))
     pick_device(settings.device)
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)

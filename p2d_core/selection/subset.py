@@ -160,7 +160,7 @@ def select_subset(
         )
     cut_off = connection.execute(
         "SELECT min(affinity) FROM candidate JOIN chosen USING (sample_id)"
-    ).fetchone()
+    ).fetchall()[0][0]
     if replay:
         run(REPLAY, wanted=replay)
     counts = _by_source(connection, "candidate JOIN chosen USING (sample_id)")
@@ -184,7 +184,7 @@ def select_subset(
         replayed=replayed,
         by_source=counts,
         corpus_by_source=_by_source(connection, "candidate"),
-        cut_off=float(cut_off[0]) if cut_off and cut_off[0] is not None else float("nan"),
+        cut_off=float(cut_off),
         notes=notes,
         query=run.text(),
     )
@@ -228,8 +228,7 @@ def _bins(lengths: Sequence[int]) -> pa.Table:
 
 
 def _number(connection: duckdb.DuckDBPyConnection, query: str, *values: Any) -> int:
-    row = connection.execute(query, list(values) or None).fetchone()
-    return int(row[0]) if row else 0
+    return int(connection.execute(query, list(values) or None).fetchall()[0][0])
 
 
 def _by_source(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, int]:

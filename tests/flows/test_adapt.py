@@ -1,0 +1,200 @@
+"""What is made again, and what is not: the flow's promises about its artifacts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.adapt import run_adapt
+from flows.settings import parse_settings
+from p2d_core.errors import ArtifactError, HeadMapError
+from p2d_core.store import Store
+from p2d_core.synthetic.world import BASE_FOLDER, write_world
+from tasks.summary import Summary
+
+MADE_FROM_SCRATCH = [
+    "samples", "proxy", "heads", "measurements", "scores", "head_proxy",
+    "subset", "model", "reference", "evaluation",
+]  # fmt: skip
+
+
+class Job:
+    """A small adaptation whose files and settings a test can change between runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = folder / "artifacts"
+        write_world(folder / "whole", seed=3)
+        for name, rows in {
+            "target.jsonl": 60, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 300,
+            "corpus/drills.jsonl": 900,
+        }.items():  # fmt: skip
+            lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("".join(lines[:rows]))
+        self.values = {
+            "name": "small",
+            "base": str(BASE_FOLDER),
+            "target": {"path": "target.jsonl"},
+            "corpus": {
+                "sources": [{"path": "corpus/ledgers.jsonl"}, {"path": "corpus/drills.jsonl"}],
+                "include_target": False,
+            },
+            "evaluation": {"source": {"path": "evaluation.jsonl"}},
+            "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
+            "heads": {"ranker": "frobenius", "proxy_epochs": 1},
+            "training": {"epochs": 1},
+            "arms": {"random": False, "full": "calibrated", "calibration_steps": 4},
+        }
+
+    def run(self, head_map: str | None = None, **changes: Any) -> Summary:
+        values = dict(self.values)
+        for key, value in changes.items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        settings = parse_settings(values, self.folder / "run.yaml")
+        return run_adapt(settings, store=self.store, head_map=head_map)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    job = Job(tmp_path_factory.mktemp("job"))
+    job.first = job.run()
+    return job
+
+
+def computed(summary: Summary) -> list[str]:
+    return [line.name for line in summary.stages if not line.reused]
+
+
+def measured_now(job: Job, summary: Summary) -> int:
+    refs = Store(job.store).refs("measurements")
+    return sum(ref.manifest.run_id == summary.run_id for ref in refs)
+
+
+def test_the_first_run_computes_every_stage(job):
+    assert computed(job.first) == MADE_FROM_SCRATCH
+    assert job.first.selection.selected == 120
+    assert job.first.aer.cold == pytest.approx(
+        sum(job.first.aer.stages.values()) / job.first.aer.full_seconds
+    )
+
+
+def test_a_second_run_reuses_everything(job):
+    again = job.run()
+    assert computed(again) == []
+    assert again.quality == job.first.quality
+    assert again.aer.cold == pytest.approx(job.first.aer.cold)
+    assert again.aer.this_run < job.first.aer.this_run
+
+
+def test_another_budget_recomputes_from_the_subset_on(job):
+    assert computed(job.run(selection={"fraction": 0.05})) == ["subset", "model", "evaluation"]
+
+
+def test_another_share_of_heads_keeps_the_proxy_run(job):
+    changed = computed(job.run(heads={"fraction": 0.2}))
+    assert "proxy" not in changed
+    assert changed[0] == "heads"
+    assert changed[-2:] == ["model", "evaluation"]
+
+
+def test_settings_that_cannot_change_a_result_reuse_everything(job):
+    again = job.run(scoring={"tokens_per_batch": 512}, training={"checkpoint_seconds": 5})
+    assert computed(again) == []
+
+
+def test_one_changed_line_measures_only_its_shard_again(job, tmp_path):
+    only_activation = {"scoring": {"scorer": "head-activation"}}
+    shards = measured_now(job, job.run(**only_activation))
+    assert shards >= 2
+    file = job.folder / "corpus/drills.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    row = json.loads(lines[400])
+    lines[400] = json.dumps(row | {"response": row["response"] + " one"}) + "\n"
+    file.write_text("".join(lines))
+    try:
+        after = job.run(**only_activation)
+    finally:
+        file.write_text(whole)
+    assert measured_now(job, after) == 1
+    assert "proxy" not in computed(after)
+
+
+def test_another_target_with_the_same_head_map_measures_nothing(job):
+    only_activation = {"scoring": {"scorer": "head-activation"}}
+    first = job.run(**only_activation)
+    lines = (job.folder / "whole/target.jsonl").read_text().splitlines(keepends=True)
+    (job.folder / "other.jsonl").write_text("".join(lines[100:160]))
+    other = job.run(
+        head_map=first.artifacts["heads"], target={"path": "other.jsonl"}, **only_activation
+    )
+    assert measured_now(job, other) == 0
+    assert "scores" in computed(other)
+
+
+def test_a_given_head_map_skips_proxy_and_ranking(job):
+    given = job.run(head_map=job.first.artifacts["heads"])
+    names = [line.name for line in given.stages]
+    assert "proxy" not in names
+    assert "heads" not in names
+    assert given.heads.ids == job.first.heads.ids
+
+
+def test_a_deleted_artifact_is_computed_again(job):
+    model = Store(job.store).resolve(Path(job.first.artifacts["model"]).name)
+    before = {name: entry["sha256"] for name, entry in model.manifest.files.items()}
+    shutil.rmtree(model.path)
+    again = job.run()
+    assert computed(again) == ["model"]
+    after = {name: entry["sha256"] for name, entry in model.manifest.files.items()}
+    weights = "adapter/adapter_model.safetensors"
+    assert after[weights] == before[weights]
+
+
+def test_a_store_that_moved_is_still_known(job, tmp_path):
+    moved = Job.__new__(Job)
+    moved.__dict__ |= job.__dict__ | {"store": tmp_path / "moved"}
+    shutil.copytree(job.store, moved.store)
+    assert computed(moved.run()) == []
+
+
+def test_a_head_map_that_is_not_there_is_refused(job):
+    with pytest.raises(ArtifactError, match="there is no heads artifact 'abc123'"):
+        job.run(head_map="abc123")
+
+
+def test_a_head_map_of_another_base_is_refused(job, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(BASE_FOLDER, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 99}))
+    with pytest.raises(HeadMapError, match="made for another base model"):
+        job.run(head_map=job.first.artifacts["heads"], base=str(other))
+
+
+def test_only_the_task_heads_slices_differ_from_the_base(job):
+    """Bit for bit: what the adapter does not name is the base's own weight."""
+    import torch
+
+    from p2d_core.adaptation.adaptations import adapted
+    from p2d_core.attention.layout import attention_layers, slices_of
+    from p2d_core.models import load_model
+
+    base = load_model(BASE_FOLDER, "float32", torch.device("cpu"))
+    tuned = load_model(BASE_FOLDER, "float32", torch.device("cpu"))
+    tuned = adapted(tuned, Path(job.first.artifacts["model"])).merge_and_unload()
+    allowed = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in base.named_parameters()}
+    for piece in slices_of(attention_layers(base), job.first.heads.ids):
+        allowed[f"{piece.module}.weight"].narrow(
+            piece.dim, piece.start, piece.stop - piece.start
+        ).fill_(True)
+    moved = 0
+    for (name, before), (_, after) in zip(
+        base.named_parameters(), tuned.named_parameters(), strict=True
+    ):
+        assert torch.equal(before[~allowed[name]], after[~allowed[name]]), name
+        moved += int((before != after).sum())
+    assert 0 < moved <= job.first.trainable.parameters
