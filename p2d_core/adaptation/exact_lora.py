@@ -1,4 +1,4 @@
-"""Tuned head slices as a plain PEFT LoRA adapter that gives exactly the tuned model."""
+"""Tuned head slices as a plain PEFT LoRA adapter, which gives the tuned model back."""
 
 import json
 import re
@@ -59,24 +59,16 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
 
 
 def addend(base: Tensor, target: Tensor, block: Block) -> Tensor:
-    """What has to be added to the base's slices so that rounding gives exactly the target.
+    """What has to be added to the base's slices to give the target's, ``[k, ...]`` or ``[..., k]``.
 
-    It is in float32 where the base is of lower precision, as PEFT adds it. ``target - base`` is
-    itself rounded, and adding it back can miss the target by one step; where it does, the
-    neighbouring numbers are tried.
+    In float32 where the base is of lower precision, as PEFT adds it. Where the target was itself
+    made by adding a delta to the base in that precision, as head deltas are, adding this gives it
+    back bit for bit; else it can be off by the rounding of the change.
     """
     index = block.index.to(base.device)
     dtype = torch.promote_types(base.dtype, torch.float32)
-    old = base.index_select(block.dim, index).to(dtype)
-    new = target.index_select(block.dim, index)
-    change = new.to(dtype) - old
-    for _ in range(4):
-        missed = (old + change).to(new.dtype) - new
-        if not bool(missed.any()):
-            break
-        toward = torch.where(missed > 0, -torch.inf, torch.inf).to(dtype)
-        change = torch.where(missed != 0, torch.nextafter(change, toward), change)
-    return change.cpu()
+    old, new = (each.index_select(block.dim, index).to(dtype) for each in (base, target))
+    return (new - old).cpu()
 
 
 def _factors(change: Tensor, block: Block, along: int) -> tuple[Tensor, Tensor]:

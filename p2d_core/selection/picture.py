@@ -54,11 +54,12 @@ def draw_affinities(
             textcoords="offset points",
             fontsize=9,
         )
-    axes.set_yscale("symlog", linthresh=10)
+    if max(everything) > 100:
+        axes.set_yscale("symlog", linthresh=10)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("affinity")
     axes.set_ylabel("samples")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)
 

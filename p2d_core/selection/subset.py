@@ -136,7 +136,7 @@ def select_subset(
     if not total:
         raise InputError("the corpus has no samples to choose from. Add some to corpus.sources.")
     budget = max(1, round(spec.fraction * total))
-    replay = 0 if spec.at_random else round(spec.replay * budget)
+    replay = 0 if spec.at_random else min(round(spec.replay * budget), budget - 1)
     wanted = budget - replay
     passed = _number(
         connection, "SELECT count(*) FROM candidate WHERE $1 > 0 AND gates_passed = $1", gates

@@ -1,0 +1,392 @@
+"""What single heads do on a batch: their outputs, and whom they attend to.
+
+The model runs only as deep as the deepest head that is asked for; its final norm and its LM head
+never run.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2d_core.attention.layout import AttentionLayer
+from p2d_core.errors import HeadMapError, UnsupportedModelError
+
+PAID = "p2d_attention_paid"
+
+
+class _Stop(Exception):
+    """Everything that was asked for has been seen."""
+
+
+def capture_head_outputs(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """Each head's output before the output projection.
+
+    Args:
+        heads: (layer, head) pairs.
+        input_ids: ``[batch, tokens]``.
+        attention_mask: 1 for a token and 0 for padding, ``[batch, tokens]``.
+
+    Returns:
+        ``[batch, tokens, n_heads, head_dim]`` in the model's precision, in the order of ``heads``;
+        what stands at padding means nothing.
+    """
+
+    def whole(outputs: Tensor) -> Tensor:
+        return outputs
+
+    return _gather(model, layers, heads, input_ids, attention_mask, whole)
+
+
+def mean_head_outputs(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Each head's output before the output projection, averaged over a row's tokens.
+
+    It is averaged layer by layer as the model runs, so that what is kept does not grow with the
+    number of tokens.
+
+    Args:
+        token_mask: 1 for the tokens to average over, ``[batch, tokens]``; every token that is not
+            padding when None.
+
+    Returns:
+        ``[batch, n_heads, head_dim]`` in float32, in the order of ``heads``; zeros for a row
+        without such tokens.
+    """
+    weights = (attention_mask if token_mask is None else token_mask * attention_mask).float()
+    weights = (weights / weights.sum(1, keepdim=True).clamp(min=1)).to(_device_of(model))
+
+    def mean(outputs: Tensor) -> Tensor:
+        batch, tokens, n_heads, head_dim = outputs.shape
+        flat = outputs.reshape(batch, tokens, -1).float()
+        return torch.bmm(weights[:, None, :], flat).view(batch, n_heads, head_dim)
+
+    return _gather(model, layers, heads, input_ids, attention_mask, mean)
+
+
+@contextmanager
+def silenced(
+    model: nn.Module, layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
+) -> Iterator[None]:
+    """Inside, these heads' outputs are zero before the output projection."""
+    with ExitStack() as hooks:
+        for index, inside in _by_layer(layers, heads).items():
+            hooks.callback(_before(model, layers[index].o, _silencer(layers[index], inside)))
+        yield
+
+
+def attention_paid(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    query_rows: Tensor,
+    segments: Tensor,
+    n_segments: int,
+) -> Tensor:
+    """The share of each head's attention that the query rows pay to each segment's tokens.
+
+    The probabilities are computed from the queries and keys as they enter attention (after rotary
+    embedding), for these heads and rows alone; the forward pass itself keeps SDPA. Calls wait for
+    each other; meanwhile other threads may use the model as usual.
+
+    Args:
+        query_rows: True for the tokens that pay; averaged over. ``[batch, tokens]``; a sample
+            needs at least one.
+        segments: the segment from 0 that a token belongs to, -1 for none. ``[batch, tokens]``.
+
+    Returns:
+        ``[batch, n_heads, n_segments]`` in float32, in the order of ``heads``; over the segments
+        it sums to at most 1.
+
+    Raises:
+        ValueError: a sample has no query row.
+        UnsupportedModelError: attention does not pass through transformers' registry, or is more
+            than a softmax over scaled products (soft-capping, sinks, biases).
+    """
+    if not bool(query_rows.bool().any(1).all()):
+        raise ValueError("attention_paid: every sample needs at least one query row")
+    device = _device_of(model)
+    collector = _PaidCollector(
+        heads_by_module={
+            id(model.get_submodule(layers[index].name)): (index, [head for _, head in inside])
+            for index, inside in _by_layer(layers, heads).items()
+        },
+        query_rows=query_rows.to(device).bool(),
+        membership=_one_hot(segments.to(device), n_segments),
+    )
+    with _paid_attention(model), _collecting(collector), torch.inference_mode():
+        _run(model, input_ids, attention_mask)
+    if not collector.has_all:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not compute its attention through transformers' "
+            "AttentionInterface, so that what heads attend to cannot be seen. "
+            "Choose a scorer that looks at head outputs."
+        )
+    return _in_order(collector.paid, layers, heads)
+
+
+# -- head outputs ------------------------------------------------------------------------------
+
+
+def _gather(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    keep: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Runs to the deepest wanted layer; ``keep`` sees ``[batch, tokens, heads, head_dim]``."""
+    wanted = _by_layer(layers, heads)
+    deepest = max(wanted)
+    kept: dict[int, Tensor] = {}
+
+    def reader(index: int) -> Callable[[Tensor], None]:
+        layer = layers[index]
+        inside = torch.tensor([head for _, head in wanted[index]], device=_device_of(model))
+
+        def read(inputs: Tensor) -> None:
+            outputs = inputs.view(*inputs.shape[:-1], layer.n_query_heads, layer.head_dim)
+            kept[index] = keep(outputs.index_select(2, inside))
+            if index == deepest:
+                raise _Stop
+
+        return read
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for index in wanted:
+            hooks.callback(_before(model, layers[index].o, reader(index)))
+        _run(model, input_ids, attention_mask)
+    return _in_order(kept, layers, heads)
+
+
+def _before(
+    model: nn.Module, path: str, look: Callable[[Tensor], Tensor | None]
+) -> Callable[[], None]:
+    """Calls ``look`` with the module's input before it runs; returns what takes the hook away."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = look(inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+    return model.get_submodule(path).register_forward_pre_hook(hook).remove
+
+
+def _silencer(
+    layer: AttentionLayer, inside: Sequence[tuple[int, int]]
+) -> Callable[[Tensor], Tensor]:
+    heads = [head for _, head in inside]
+
+    def silence(inputs: Tensor) -> Tensor:
+        quiet = inputs.clone()
+        by_head = quiet.view(*quiet.shape[:-1], layer.n_query_heads, layer.head_dim)
+        by_head[..., heads, :] = 0
+        return quiet
+
+    return silence
+
+
+# -- attention ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _PaidCollector:
+    """What one call of `attention_paid` looks for, and what it has seen."""
+
+    heads_by_module: dict[int, tuple[int, list[int]]]
+    query_rows: Tensor
+    membership: Tensor
+    paid: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_all(self) -> bool:
+        return len(self.paid) == len(self.heads_by_module)
+
+    def see(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+    ) -> None:
+        """Query ``[batch, heads, tokens, head_dim]``, key the same with KV groups for heads."""
+        if id(module) not in self.heads_by_module:
+            return
+        index, heads = self.heads_by_module[id(module)]
+        per_group = query.shape[1] // key.shape[1]
+        q = query[:, heads].float()
+        k = key[:, [head // per_group for head in heads]].float()
+        rows, weights = _packed_rows(self.query_rows)
+        q = q.gather(2, rows[:, None, :, None].expand(-1, len(heads), -1, q.shape[-1]))
+        logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        logits = _masked(logits, mask, rows)
+        mean = torch.einsum("bhrt,br->bht", logits.softmax(-1), weights)
+        self.paid[index] = mean @ self.membership
+        if self.has_all:
+            raise _Stop
+
+
+_current: ContextVar[_PaidCollector | None] = ContextVar("p2d_paid_collector", default=None)
+_switching = threading.Lock()
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """SDPA, seen by the collector of the calling context where there is one."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if (collector := _current.get()) is not None:
+        beyond = [
+            name for name in ("softcap", "s_aux", "position_bias") if settings.get(name) is not None
+        ]
+        if beyond:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes attention with {', '.join(beyond)}, so that it "
+                "is more than a softmax. Choose a scorer that looks at head outputs."
+            )
+        collector.see(module, query, key, attention_mask, settings.get("scaling"))
+    outputs: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **settings
+    )
+    return outputs
+
+
+@contextmanager
+def _paid_attention(model: Any) -> Iterator[None]:
+    """Inside, the model's attention goes through `_attention_forward`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    with _switching:
+        AttentionInterface.register(PAID, _attention_forward)
+        # without a mask function of the same name, the mask would be lost
+        AttentionMaskInterface.register(PAID, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        before = model.config._attn_implementation
+        model.set_attn_implementation(PAID)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def _collecting(collector: _PaidCollector) -> Iterator[None]:
+    token = _current.set(collector)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _packed_rows(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of each sample's chosen rows, ``[batch, most]``, and the weight of each.
+
+    Samples with fewer than the most are filled up with rows of weight 0.
+    """
+    counts = chosen.sum(1, keepdim=True)
+    most = int(counts.max())
+    rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    place = torch.arange(most, device=chosen.device)
+    return rows, (place < counts) / counts
+
+
+def _masked(logits: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+    """Logits ``[batch, heads, rows, tokens]`` with what a row may not see as low as can be."""
+    n_tokens = logits.shape[-1]
+    # not minus infinity: a row of padding sees nothing, and its weight of 0 would not undo a NaN
+    lowest = torch.finfo(logits.dtype).min
+    if mask is None:
+        seen = torch.arange(n_tokens, device=rows.device) <= rows[..., None]
+        return logits.masked_fill(~seen[:, None], lowest)
+    mask = mask.expand(logits.shape[0], -1, -1, -1)
+    index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+    of_rows = mask.gather(2, index)[..., :n_tokens]
+    if of_rows.dtype == torch.bool:
+        return logits.masked_fill(~of_rows, lowest)
+    return logits + of_rows.float()
+
+
+def _one_hot(segments: Tensor, n_segments: int) -> Tensor:
+    """``[batch, tokens, n_segments]``; a row of zeros where a token belongs to none."""
+    return (segments[..., None] == torch.arange(n_segments, device=segments.device)).float()
+
+
+# -- running -----------------------------------------------------------------------------------
+
+
+def _run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Runs the backbone until a hook raises `_Stop`; dropout is off."""
+    # with padding on the right alone no token sees any, and SDPA is faster without a mask
+    right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+    device = _device_of(model)
+    mask = None if right else attention_mask.to(device)
+    backbone = getattr(model, "base_model", model)
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        backbone(input_ids=input_ids.to(device), attention_mask=mask, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        if was_training:
+            model.train()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _by_layer(
+    layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
+) -> dict[int, list[tuple[int, int]]]:
+    """Layer -> (place in ``heads``, head index) of the heads in it."""
+    if not heads:
+        raise HeadMapError("no heads were given to look at.")
+    found: dict[int, list[tuple[int, int]]] = {}
+    for place, (index, head) in enumerate(heads):
+        if not (0 <= index < len(layers) and 0 <= head < layers[index].n_query_heads):
+            raise HeadMapError(
+                f"head ({index}, {head}) is not in the model: it has {len(layers)} layers of "
+                f"{layers[0].n_query_heads} query heads, counted from 0."
+            )
+        found.setdefault(index, []).append((place, head))
+    return found
+
+
+def _in_order(
+    kept: dict[int, Tensor], layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Joins what was kept of each layer along the heads' dimension, in the order of ``heads``."""
+    wanted = _by_layer(layers, heads)
+    dim = 1 if next(iter(kept.values())).ndim == 3 else 2
+    joined = torch.cat([kept[index] for index in wanted], dim=dim)
+    places = [place for inside in wanted.values() for place, _ in inside]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return joined.index_select(dim, torch.tensor(order, device=joined.device))

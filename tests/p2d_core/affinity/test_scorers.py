@@ -1,0 +1,229 @@
+"""What each scorer's numbers mean, and that they depend on nothing else."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from p2d_core.adaptation.slices import TunedSlices
+from p2d_core.affinity import Target, scorers, steps_of
+from p2d_core.affinity.head_activation import HeadActivation
+from p2d_core.affinity.measuring import measure_shard
+from p2d_core.attention.capture import capture_head_outputs
+from p2d_core.attention.layout import slices_of
+from p2d_core.errors import SettingsError, UnknownNameError
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.models import CapturedModel
+from p2d_core.samples.schema import Sample, sample_id_of
+from tests.tiny import tiny_llama
+from tests.tiny_tokenizer import tiny_word_level
+
+WORDS = [f"w{i}" for i in range(40)]
+SINGLE = ["head-activation", "head-proxy-loss", "loss-shift", "icl-attention", "random", "tfidf"]
+
+
+def samples(n: int, seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for row in range(n):
+        words = [WORDS[i] for i in rng.integers(0, 40, rng.integers(4, 12))]
+        prompt, response = " ".join(words[:-2]), " ".join(words[-2:])
+        made.append(Sample(sample_id_of(prompt, response), "s", prompt, response, row))
+    return made
+
+
+@pytest.fixture(scope="module")
+def heads() -> HeadMap:
+    scores = torch.zeros(3, 8, dtype=torch.float64)
+    scores[1, 3], scores[1, 6], scores[2, 0] = 3, 2, 1
+    return HeadMap.from_scores(scores, n_kv_groups=4, fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, heads) -> CapturedModel:
+    folder = tmp_path_factory.mktemp("model")
+    network = tiny_llama()
+    network.save_pretrained(folder)
+    tiny_word_level(WORDS).save_pretrained(folder)
+    captured = CapturedModel(folder)
+    tuned = TunedSlices.from_model(captured.model, slices_of(captured.layers, heads.task_heads))
+    for block in tuned.blocks.values():
+        block.values.mul_(1.5)
+    captured.tuned = tuned
+    return captured
+
+
+TARGET = Target(samples(8, seed=1), samples(5, seed=2))
+
+
+def joined(shard: list[Sample], measured: pa.Table) -> pa.Table:
+    for name in ("prompt", "response", "source"):
+        measured = measured.append_column(name, pa.array([getattr(s, name) for s in shard]))
+    return measured
+
+
+def affinities(name: str, model, heads, shards: list[list[Sample]], **options) -> np.ndarray:
+    scorer = scorers.make(name, options)
+    known = TARGET if scorer.measures_target else Target((), ())
+    state = scorer.prepare(model, heads, known)
+    tables = [joined(shard, measure_shard(scorer, model, state, shard)) for shard in shards]
+    compared = scorer.affinity(scorer.prepare(model, heads, TARGET), tables)
+    return np.concatenate([np.asarray(part) for part in compared])
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_an_affinity_does_not_depend_on_shards_order_or_batches(name, model, heads):
+    corpus = samples(30)
+    whole = affinities(name, model, heads, [corpus])
+    assert len(whole) == 30
+    assert np.isfinite(whole).all()
+    cut = affinities(name, model, heads, [corpus[:7], corpus[7:8], corpus[8:]])
+    np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-6)
+    backwards = affinities(name, model, heads, [corpus[::-1]])
+    np.testing.assert_allclose(backwards[::-1], whole, rtol=1e-5, atol=1e-6)
+    model.tokens_per_batch = 24
+    try:
+        small = affinities(name, model, heads, [corpus])
+    finally:
+        model.tokens_per_batch = 8192
+    np.testing.assert_allclose(small, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_head_activation_equals_whitening_by_hand(model, heads):
+    """Whiten each head with the corpus' moments, put heads side by side, mean of best cosines."""
+    corpus = samples(30)
+    scorer = HeadActivation(neighbours=2, shrinkage=0.2)
+
+    def means(chosen):
+        rows = []
+        for sample in model.encode(chosen):
+            ids = torch.tensor([sample.input_ids])
+            out = capture_head_outputs(
+                model.model, model.layers, heads.task_heads, ids, torch.ones_like(ids)
+            )
+            rows.append(out[0].mean(dim=0).double().numpy())
+        return np.stack(rows)
+
+    pool, proxies = means(corpus), means(TARGET.proxy)
+    parts = []
+    for head in range(3):
+        covariance = np.cov(pool[:, head].T, bias=True)
+        size = len(covariance)
+        shrunk = 0.8 * covariance + 0.2 * np.trace(covariance) / size * np.eye(size)
+        values, vectors = np.linalg.eigh(shrunk)
+        parts.append((pool[:, head].mean(axis=0), vectors / np.sqrt(values)))
+
+    def whitened(x):
+        flat = np.concatenate([(x[:, h] - mean) @ w for h, (mean, w) in enumerate(parts)], axis=1)
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+    similarity = whitened(pool) @ whitened(proxies).T
+    expected = np.sort(similarity, axis=1)[:, -2:].mean(axis=1)
+    got = affinities("head-activation", model, heads, [corpus], neighbours=2, shrinkage=0.2)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    tables = [
+        joined(
+            corpus,
+            measure_shard(scorer, model, scorer.prepare(model, heads, Target((), ())), corpus),
+        )
+    ]
+    own = scorer.own_affinity(scorer.prepare(model, heads, TARGET), tables)
+    among = whitened(proxies) @ whitened(proxies).T
+    np.fill_diagonal(among, -np.inf)
+    np.testing.assert_allclose(own, np.sort(among, axis=1)[:, -2:].mean(axis=1), atol=1e-5)
+
+
+def test_a_sample_that_is_a_proxy_is_nearest(model, heads):
+    corpus = [*samples(30), TARGET.proxy[0]]
+    got = affinities("head-activation", model, heads, [corpus], neighbours=1)
+    assert got.argmax() == 30
+    assert got[30] == pytest.approx(1, abs=1e-5)
+
+
+def test_all_heads_can_be_looked_at(model, heads):
+    scorer = HeadActivation(heads="all")
+    state = scorer.prepare(model, heads, Target((), ()))
+    assert len(state["heads"]) == 24
+
+
+def test_samples_all_alike_have_a_defined_affinity(model, heads):
+    got = affinities("head-activation", model, heads, [samples(1) * 6])
+    assert np.isfinite(got).all()
+    assert np.ptp(got) == pytest.approx(0, abs=1e-6)
+
+
+def test_loss_shift_is_what_tuning_took_off_the_loss(model, heads):
+    corpus = samples(6)
+    encoded = model.encode(corpus)
+    before = model.response_losses(encoded)
+    with model.looking_through(tuned=True):
+        after = model.response_losses(encoded)
+    assert not torch.allclose(before, after)
+    got = affinities("loss-shift", model, heads, [corpus])
+    np.testing.assert_allclose(got, (before - after).double(), atol=1e-6)
+    np.testing.assert_allclose(
+        affinities("head-proxy-loss", model, heads, [corpus]), -after.double(), atol=1e-6
+    )
+
+
+def test_response_losses_equal_the_models_own(model):
+    """The loss that transformers computes for one sample at a time."""
+    for sample in model.encode(samples(4)):
+        ids = torch.tensor([sample.input_ids])
+        labels = ids.clone()
+        labels[:, : sample.n_prompt] = -100
+        with torch.inference_mode():
+            expected = model.model(input_ids=ids, labels=labels).loss
+        assert model.response_losses([sample])[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_icl_attention_pays_equally_to_equal_demonstrations(model, heads):
+    """1 is what another target sample gets: on average over many, proxies give about that."""
+    got = affinities("icl-attention", model, heads, [list(TARGET.proxy)], draws=8)
+    assert got.mean() == pytest.approx(1, abs=0.25)
+
+
+def test_icl_attention_sees_only_demonstrations_and_query(model, heads):
+    scorer = scorers.make("icl-attention", {"draws": 3})
+    state = scorer.prepare(model, heads, TARGET)
+    columns = measure_shard(scorer, model, state, samples(4))
+    assert columns["attention"].type.list_size == 3
+    assert (np.asarray(columns["attention"].combine_chunks().flatten()) > 0).all()
+
+
+def test_tfidf_prefers_words_in_common(model, heads):
+    same = TARGET.proxy[0]
+    strange = Sample(sample_id_of("x", "y"), "s", "x", "y", 0)
+    shard = [same, strange]
+    scorer = scorers.make("tfidf", {"neighbours": 1})
+    state = scorer.prepare(model, heads, TARGET)
+    table = pa.table({name: [getattr(s, name) for s in shard] for name in ("prompt", "response")})
+    (got,) = scorer.affinity(state, [table])
+    assert got[0].as_py() == pytest.approx(1)
+    assert got[1].as_py() == 0
+
+
+def test_random_depends_on_id_and_seed_alone(model, heads):
+    one = affinities("random", model, heads, [samples(20)])
+    other = affinities("random", model, heads, [samples(20)], seed=1)
+    assert 0 <= one.min() < one.max() < 1
+    assert not np.allclose(one, other)
+
+
+def test_head_filter_is_a_chain_of_two_gated_steps():
+    first, second = steps_of(scorers.make("head-filter", {"domain_quantile": 0.2}))
+    assert (first.name, first.gate) == ("domain", 0.2)
+    assert (second.name, second.gate) == ("consistency", 0.1)
+    assert second.scorer.needs_head_proxy
+
+
+def test_an_unknown_scorer_lists_the_known_ones():
+    with pytest.raises(UnknownNameError, match=r"no scorer 'guess'. Known: head-activation, head-"):
+        scorers.make("guess", {})
+
+
+def test_an_unknown_or_wrong_setting_of_a_scorer_is_refused():
+    with pytest.raises(SettingsError, match=r"has no setting neighbors. Known: heads, neighbours"):
+        scorers.make("head-activation", {"neighbors": 3})
+    with pytest.raises(SettingsError, match="setting `neighbours` was 'many'"):
+        scorers.make("head-activation", {"neighbours": "many"})

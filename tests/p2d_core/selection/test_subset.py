@@ -1,0 +1,169 @@
+"""Which samples a subset holds, and what it says of how they came in."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from p2d_core.errors import InputError
+from p2d_core.samples.schema import Sample, sample_id_of, to_table
+from p2d_core.selection.subset import SelectionSpec, select_subset
+
+
+class Corpus:
+    """A corpus with its scores: n samples, the first half of source a, the rest of source b."""
+
+    def __init__(
+        self, folder: Path, affinities: list[float], gates_passed: list[int] | None = None,
+        gates: int = 0, lengths: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        n = len(affinities)
+        self.folder = folder
+        self.samples = [
+            Sample(sample_id_of(f"p{i}", "r"), "a" if i < n / 2 else "b", f"p{i}", "r", i)
+            for i in range(n)
+        ]
+        pq.write_table(to_table(self.samples), folder / "corpus.parquet")
+        scores = pa.table(
+            {
+                "sample_id": pa.array([s.sample_id for s in self.samples], pa.string()),
+                "source": pa.array([s.source for s in self.samples], pa.string()),
+                "affinity": pa.array(affinities, pa.float64()),
+                "n_tokens": pa.array([9] * n, pa.int32()),
+                "n_response_tokens": pa.array(lengths or [3] * n, pa.int32()),
+                "gates_passed": pa.array(gates_passed or [0] * n, pa.int32()),
+            }
+        ).replace_schema_metadata({"gates": str(gates)})
+        pq.write_table(scores, folder / "scores.parquet")
+
+    def choose(self, proxy_lengths=(3,), **spec):
+        self.chosen = select_subset(
+            self.folder / "scores.parquet",
+            [self.folder / "corpus.parquet"],
+            list(proxy_lengths),
+            SelectionSpec(**spec),
+            self.folder,
+        )
+        table = pq.read_table(self.folder / "subset.parquet").to_pylist()
+        return {row["row"]: row["chosen_by"] for row in table}
+
+
+def test_without_gates_the_highest_affinities_are_chosen(tmp_path):
+    corpus = Corpus(tmp_path, [0.1, 0.9, 0.3, 0.8, 0.2, 0.7, 0.4, 0.6, 0.5, 0.0])
+    assert sorted(corpus.choose(fraction=0.3)) == [1, 3, 5]
+    assert corpus.chosen.cut_off == pytest.approx(0.7)
+    assert corpus.chosen.by_source == {"a": 2, "b": 1}
+
+
+def test_ties_go_by_sample_id(tmp_path):
+    corpus = Corpus(tmp_path, [0.5] * 10)
+    by_id = sorted(range(10), key=lambda i: corpus.samples[i].sample_id)
+    assert sorted(corpus.choose(fraction=0.4)) == sorted(by_id[:4])
+
+
+def test_a_pool_is_drawn_from_by_chance_and_not_from_its_top(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(100)])
+    chosen = set(corpus.choose(fraction=0.1, pool=4.0))
+    assert chosen <= set(range(60, 100))
+    assert chosen != set(range(90, 100))
+    assert set(corpus.choose(fraction=0.1, pool=4.0, seed=1)) != chosen
+
+
+def test_with_gates_only_what_passed_all_of_them_is_drawn_from(tmp_path):
+    passed = [2 if i % 3 == 0 else 1 for i in range(30)]
+    corpus = Corpus(tmp_path, [float(-i) for i in range(30)], passed, gates=2)
+    assert all(row % 3 == 0 for row in corpus.choose(fraction=0.2))
+    assert corpus.chosen.notes == []
+
+
+def test_too_few_passing_relaxes_the_last_gate_first_and_says_so(tmp_path):
+    passed = [2, 2, 1, 1, 1, 0, 0, 0, 0, 0]
+    margins = [1.0, 1.0, -0.9, -0.1, -0.5, -0.01, -1, -2, -3, -4]
+    corpus = Corpus(tmp_path, margins, passed, gates=2)
+    assert sorted(corpus.choose(fraction=0.4)) == [0, 1, 3, 4]
+    assert "2 samples passed every gate, 4 were wanted" in corpus.chosen.notes[0]
+
+
+def test_lengths_follow_the_proxies(tmp_path):
+    lengths = [5] * 50 + [50] * 50
+    corpus = Corpus(tmp_path, [1.0] * 100, [1] * 100, gates=1, lengths=lengths)
+    proxies = [5] * 90 + [50] * 10
+    chosen = corpus.choose(fraction=0.4, proxy_lengths=proxies)
+    assert sum(row < 50 for row in chosen) == pytest.approx(36, abs=2)
+    unmatched = corpus.choose(fraction=0.4, proxy_lengths=proxies, match_lengths=False)
+    assert 12 <= sum(row < 50 for row in unmatched) <= 28
+
+
+def test_a_bin_that_lacks_samples_is_made_up_by_the_others(tmp_path):
+    corpus = Corpus(tmp_path, [1.0] * 20, [1] * 20, gates=1, lengths=[5] * 2 + [50] * 18)
+    assert len(corpus.choose(fraction=0.5, proxy_lengths=[5] * 10)) == 10
+
+
+def test_replay_comes_from_the_other_sources_and_out_of_the_budget(tmp_path):
+    affinities = [1.0 if i < 50 else 0.0 for i in range(100)]
+    corpus = Corpus(tmp_path, affinities)
+    chosen = corpus.choose(fraction=0.2, replay=0.25)
+    assert len(chosen) == 20
+    assert {row for row, by in chosen.items() if by == "replay"} <= set(range(50, 100))
+    assert corpus.chosen.replayed == 5
+
+
+def test_replay_that_finds_no_other_source_says_so(tmp_path):
+    corpus = Corpus(tmp_path, [1.0, 2.0])  # one of each source, and both are in the pool
+    corpus.choose(fraction=1.0, pool=2.0, replay=0.5)
+    assert corpus.chosen.notes == ["replay: 1 samples were wanted, other sources have 0"]
+
+
+def test_at_random_looks_at_no_affinity(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(200)], [i % 2 for i in range(200)], 1)
+    rows = set(corpus.choose(fraction=0.1, at_random=True, replay=0.5))
+    assert len(rows) == 20
+    assert min(rows) < 100 < max(rows)
+    assert {row % 2 for row in rows} == {0, 1}
+
+
+def test_the_query_is_kept_without_file_names(tmp_path):
+    corpus = Corpus(tmp_path, [1.0, 2.0])
+    corpus.choose(fraction=0.5)
+    query = (tmp_path / "query.sql").read_text()
+    assert "ORDER BY gates_passed DESC, affinity DESC, sample_id" in query
+    assert str(tmp_path) not in query
+
+
+def test_the_same_choice_gives_the_same_bytes(tmp_path):
+    corpus = Corpus(tmp_path, [float(i % 7) for i in range(50)])
+    corpus.choose(fraction=0.3, replay=0.2)
+    first = (tmp_path / "subset.parquet").read_bytes()
+    corpus.choose(fraction=0.3, replay=0.2)
+    assert (tmp_path / "subset.parquet").read_bytes() == first
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    corpus = Corpus(tmp_path, [])
+    with pytest.raises(InputError, match="the corpus has no samples to choose from"):
+        corpus.choose(fraction=0.5)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(
+        st.tuples(st.floats(-5, 5), st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=60
+    ),
+    fraction=st.floats(0.01, 1),
+    replay=st.floats(0, 0.9),
+    seed=st.integers(0, 3),
+)
+def test_a_subset_is_never_larger_than_its_budget_and_has_no_sample_twice(
+    tmp_path, rows, fraction, replay, seed
+):
+    affinities, gates, lengths = (list(column) for column in zip(*rows, strict=True))
+    corpus = Corpus(tmp_path, affinities, gates, gates=2, lengths=lengths)
+    chosen = corpus.choose([3, 9, 20], fraction=fraction, replay=replay, seed=seed)
+    budget = max(1, round(fraction * len(rows)))
+    assert len(chosen) == corpus.chosen.rows <= budget
+    assert len(chosen) >= budget - round(replay * budget)

@@ -1,0 +1,162 @@
+"""A run stands in MLflow with its numbers, curves, pictures and adapter; nothing is pickled."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from p2d_core.errors import P2DError
+from p2d_core.selection.picture import draw_affinities
+from p2d_core.store import ArtifactRef, Store
+from tasks.record import flat, mlflow_uri, prepare_tracking, record, record_run
+from tasks.summary import Summary
+from tests.small_store import fill, summary
+
+SETTINGS = {
+    "name": "sums",
+    "heads": {"ranker": "spad", "options": {"support": "values"}},
+    "corpus": {"sources": [{"path": "a.jsonl", "limit": None}]},
+    "tracking": {"experiment": "tracked", "uri": None, "tags": {"team": "blue"}},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(tmp_path_factory.mktemp("recorded") / "artifacts")
+    prepare_tracking(store.root)
+    return store
+
+
+@pytest.fixture(scope="module")
+def refs(store: Store) -> dict[str, ArtifactRef]:
+    return fill(store)
+
+
+@pytest.fixture(scope="module")
+def recorded(store: Store, refs: dict[str, ArtifactRef]) -> dict[str, str]:
+    return record_run(summary(refs), SETTINGS, store=store.root, refs=refs, tags={"team": "red"})
+
+
+@pytest.fixture(scope="module")
+def client(store: Store) -> MlflowClient:
+    return MlflowClient(tracking_uri=mlflow_uri(store.root))
+
+
+def test_parameters_and_numbers_of_every_arm_are_there(recorded, client):
+    run = client.get_run(recorded["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {
+        "name": "sums",
+        "heads.ranker": "spad",
+        "heads.options.support": "values",
+        "corpus.sources.0.path": "a.jsonl",
+        "tracking.experiment": "tracked",
+        "tracking.tags.team": "blue",
+    }
+    metrics = run.data.metrics
+    assert [metrics[f"quality/{arm}"] for arm in ("base", "p2d", "random", "full")] == [
+        0.05,
+        0.75,
+        0.2,
+        0.5,
+    ]
+    assert metrics["aer/cold"] == 0.21
+    assert metrics["aer_seconds_cold/scores"] == 3.0
+    assert metrics["selected_by_source/talk"] == 1
+    assert metrics["trainable/parameters"] == 6144
+
+
+def test_loss_curves_are_stepped(recorded, client):
+    points = client.get_metric_history(recorded["run_id"], "loss/model")
+    assert [point.step for point in points] == list(range(1, 21))
+    assert points[3].value == 0.5
+    held_out = client.get_metric_history(recorded["run_id"], "eval_loss/proxy")
+    assert [point.step for point in held_out] == [20]
+
+
+def test_tags_let_a_team_filter(recorded, client, refs):
+    experiment = client.get_experiment_by_name("p2d").experiment_id
+    query = f"tags.base_model = 'tiny' and tags.`key.heads` = '{refs['heads'].key}'"
+    found = client.search_runs([experiment], f"{query} and tags.team = 'red'")
+    assert [run.info.run_id for run in found] == [recorded["run_id"]]
+
+
+def test_pictures_and_the_summary_are_attached(recorded, client, store):
+    files = {file.path for file in client.list_artifacts(recorded["run_id"])}
+    pictures = {f"{name}.png" for name in ("heads", "affinities", "sources", "aer", "quality")}
+    assert files == pictures | {"loss.png", "summary.json"}
+    kept = store.root / "mlflow" / "artifacts" / recorded["run_id"] / "artifacts"
+    assert Summary.model_validate_json((kept / "summary.json").read_text()).name == "sums"
+    for name in ("affinities", "loss"):
+        assert (kept / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_adapter_is_a_logged_model_and_nothing_is_pickled(recorded, client, store, refs):
+    outputs = client.get_run(recorded["run_id"]).outputs
+    model = client.get_logged_model(outputs.model_outputs[0].model_id)
+    assert (model.status, model.tags["key"]) == ("READY", refs["model"].key)
+    files = [file for file in (store.root / "mlflow" / "artifacts").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".png", ".json", ".safetensors"}
+
+
+def test_the_note_says_what_came_of_it(recorded, client):
+    note = client.get_run(recorded["run_id"]).data.tags["mlflow.note.content"]
+    assert "| p2d | 0.7500 | 0.8500 |" in note
+    assert "**AER** 0.210 cold (4.8x)" in note
+    assert "the consistency gate was relaxed" in note
+
+
+def test_the_git_commit_is_a_tag_only_in_a_repository(store, refs, client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    run_id = record_run(summary(refs), {}, store=store.root)["run_id"]
+    assert "git_commit" not in client.get_run(run_id).data.tags
+
+
+def test_the_task_keeps_the_summary_where_the_store_looks_for_runs(store, refs, client):
+    done = record.fn(summary(refs, "run-7"), SETTINGS, store=str(store.root))
+    assert done.mlflow["experiment"] == "tracked"
+    kept = json.loads((store.root / "runs" / "run-7.json").read_text())
+    assert kept["mlflow"] == done.mlflow
+    assert client.get_run(done.mlflow["run_id"]).data.tags["team"] == "blue"
+
+
+def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    settings = {"tracking": {"uri": "http://127.0.0.1:9", "experiment": "p2d"}}
+    with pytest.raises(P2DError, match=r"MLflow at http://127\.0\.0\.1:9 did not take its record"):
+        record.fn(summary(refs, "run-8"), settings, store=str(store.root))
+    assert (store.root / "runs" / "run-8.json").exists()
+
+
+def test_a_run_without_curves_scores_and_adapter_is_recorded_too(store, refs, client):
+    few = {"heads": refs["heads"]}
+    run_id = record_run(summary(refs), {}, store=store.root, refs=few)["run_id"]
+    files = {file.path for file in client.list_artifacts(run_id)}
+    assert "loss.png" not in files
+    assert "aer.png" in files
+
+
+def test_a_database_that_is_there_is_left_alone(store):
+    before = (store.root / "mlflow" / "mlflow.db").stat().st_mtime_ns
+    prepare_tracking(store.root)
+    assert (store.root / "mlflow" / "mlflow.db").stat().st_mtime_ns == before
+    assert [f for f in os.listdir(store.root / "mlflow") if f.startswith(".")] == []
+
+
+def test_settings_become_one_level_of_keys():
+    nested = {"a": {"b": 1, "c": None}, "d": [{"e": "x"}, {"e": "y"}], "f": [1, 2], "g": []}
+    assert flat(nested) == {"a.b": "1", "d.0.e": "x", "d.1.e": "y", "f": "[1, 2]"}
+
+
+@pytest.mark.parametrize("affinity", [[1.0] * 40, [float("nan")] * 40, [float("-inf")] * 40])
+def test_affinities_that_are_all_alike_or_no_numbers_can_be_drawn(refs, tmp_path: Path, affinity):
+    table = pq.read_table(refs["scores"].path / "scores.parquet")
+    scores = tmp_path / "scores.parquet"
+    pq.write_table(table.set_column(2, "affinity", [affinity]), scores)
+    picture = tmp_path / "picture.png"
+    draw_affinities(scores, refs["subset"].path / "subset.parquet", picture, cut_off=1.0)
+    assert picture.read_bytes().startswith(b"\x89PNG")
