@@ -134,7 +134,12 @@ class Lora:
         )
         wrapped = get_peft_model(model, config)
         wrapped.peft_config["default"].base_model_name_or_path = base
-        return Attached(wrapped, lambda folder: wrapped.save_pretrained(str(folder / ADAPTER)))
+
+        def keep(folder: Path) -> None:
+            # what PEFT would look up otherwise stands on a hub, under the base's name
+            wrapped.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
+
+        return Attached(wrapped, keep)
 
 
 def adapted(model: Any, folder: Path) -> Any:

@@ -1,0 +1,174 @@
+"""Bad input: one clear message, exit code 2, and nothing started."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.cli.main import app, run
+from p2d_core.synthetic.world import BASE_FOLDER
+
+
+class Case:
+    """A job that would run; a test breaks one thing of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(BASE_FOLDER, folder / "base")
+        self.values = {
+            "base": "base",
+            "target": {"path": "target.jsonl"},
+            "corpus": {"sources": [{"path": "pool.jsonl"}]},
+            "evaluation": {"source": {"path": "test.jsonl"}},
+            "proxy": {"samples": 5, "held_out": 2},
+        }
+        self.write("target.jsonl", [self.row(i) for i in range(20)])
+        self.write("pool.jsonl", [self.row(i) for i in range(100, 130)])
+        self.write("test.jsonl", [self.row(i) for i in range(200, 205)])
+
+    def row(self, i: int) -> str:
+        return json.dumps({"prompt": f"copy {i}", "response": f"word {i}"})
+
+    def write(self, name: str, lines: list[str]) -> None:
+        (self.folder / name).write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def case(tmp_path) -> Case:
+    return Case(tmp_path)
+
+
+def refusal(case: Case, capsys, monkeypatch) -> str:
+    """The message; asserts that it is one, with exit code 2, and that nothing was started."""
+    file = case.folder / "run.yaml"
+    file.write_text(yaml.safe_dump(case.values))
+    store = case.folder / "artifacts"
+    monkeypatch.setattr("sys.argv", ["p2d", "adapt", str(file), "--store", str(store)])
+    with pytest.raises(SystemExit) as exit:
+        run()
+    assert exit.value.code == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    made = [p for p in store.rglob("*") if p.is_file()] if store.exists() else []
+    assert made == []
+    return " ".join(shown.split())
+
+
+def test_an_unknown_key(case, capsys, monkeypatch):
+    case.values["selection"] = {"fractoin": 0.1}
+    message = refusal(case, capsys, monkeypatch)
+    assert "unknown key `selection.fractoin`. Known here: fraction, pool" in message
+    assert "run.yaml" in message
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, "a tenth"])
+def test_a_fraction_out_of_bounds(case, capsys, monkeypatch, fraction):
+    case.values["selection"] = {"fraction": fraction}
+    message = refusal(case, capsys, monkeypatch)
+    assert f"`selection.fraction` was {fraction!r}" in message
+    assert "Share of the corpus that training sees" in message
+
+
+def test_a_missing_file(case, capsys, monkeypatch):
+    case.values["target"]["path"] = "targets.jsonl"
+    message = refusal(case, capsys, monkeypatch)
+    assert "targets.jsonl" in message
+    assert "Near names" in message
+    assert "target.jsonl" in message
+
+
+def test_an_empty_file(case, capsys, monkeypatch):
+    (case.folder / "pool.jsonl").write_text("")
+    assert "pool.jsonl: the file" in refusal(case, capsys, monkeypatch)
+
+
+def test_json_broken_at_a_line(case, capsys, monkeypatch):
+    case.write("pool.jsonl", [case.row(1), case.row(2), '{"prompt": "a", "resp', case.row(3)])
+    assert "pool.jsonl, line 3" in refusal(case, capsys, monkeypatch)
+
+
+def test_a_row_without_a_response(case, capsys, monkeypatch):
+    case.write("pool.jsonl", [case.row(1), '{"prompt": "a"}'])
+    message = refusal(case, capsys, monkeypatch)
+    assert "pool.jsonl, line 2" in message
+    assert "response" in message
+
+
+def test_text_that_is_not_utf8(case, capsys, monkeypatch):
+    (case.folder / "pool.jsonl").write_bytes(b'{"prompt": "caf\xe9", "response": "x"}\n')
+    message = refusal(case, capsys, monkeypatch)
+    assert "pool.jsonl" in message
+    assert "UTF-8" in message
+
+
+def test_a_target_that_shares_samples_with_the_evaluation_set(case, capsys, monkeypatch):
+    case.write("test.jsonl", [case.row(300), case.row(7)])
+    message = refusal(case, capsys, monkeypatch)
+    assert "target and evaluation share 1 sample" in message
+    assert "row 8 of 'target'" in message
+
+
+def test_a_base_without_a_config(case, capsys, monkeypatch):
+    (case.folder / "base/config.json").unlink()
+    assert "has no config.json" in refusal(case, capsys, monkeypatch)
+
+
+def test_a_base_with_pickled_weights_only(case, capsys, monkeypatch):
+    (case.folder / "base/model.safetensors").rename(case.folder / "base/pytorch_model.bin")
+    message = refusal(case, capsys, monkeypatch)
+    assert "has pickled weights only (pytorch_model.bin)" in message
+    assert "safe_serialization=True" in message
+
+
+def test_a_base_with_code_of_its_own(case, capsys, monkeypatch):
+    config = case.folder / "base/config.json"
+    values = json.loads(config.read_text()) | {"auto_map": {"AutoModel": "evil.Model"}}
+    config.write_text(json.dumps(values))
+    assert "names code of its own" in refusal(case, capsys, monkeypatch)
+
+
+def test_a_base_that_is_not_there(case, capsys, monkeypatch):
+    case.values["base"] = "bsae"
+    assert "there is no such folder" in refusal(case, capsys, monkeypatch)
+
+
+def test_fewer_samples_than_the_proxy_asks_for(case, capsys, monkeypatch):
+    case.values["proxy"]["samples"] = 100
+    message = refusal(case, capsys, monkeypatch)
+    assert "the target has 20 samples" in message
+    assert "proxy.samples 100" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("heads", {"ranker": "spda"}, "there is no ranker 'spda'. Known: ablation"),
+        ("scoring", {"scorer": "bm42"}, "there is no scorer 'bm42'. Known: head-activation"),
+        ("training", {"adaptation": "all"}, "there is no adaptation 'all'. Known: attention"),
+        ("heads", {"options": {"tau": 1}}, "ranker 'spad' has no setting tau"),
+        ("device", "cuda:9", "device 'cuda:9' cannot be used"),
+        ("format", {"max_tokens": 2}, "`format.max_tokens` was 2"),
+        ("tracking", {"experiment": 5}, "`tracking.experiment` was 5"),
+    ],
+)
+def test_a_name_or_option_that_nobody_knows(case, capsys, monkeypatch, key, value, expected):
+    case.values[key] = value
+    assert expected in refusal(case, capsys, monkeypatch)
+
+
+def test_yaml_that_is_none(case, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("base: [unclosed\n")
+    result = CliRunner().invoke(app, ["adapt", str(file)])
+    assert "is not YAML" in str(result.exception)
+
+
+def test_yaml_tags_run_no_code(tmp_path):
+    file = tmp_path / "tagged.yaml"
+    file.write_text("base: !!python/object/apply:os.system ['touch ran']\n")
+    result = CliRunner().invoke(app, ["adapt", str(file)])
+    assert "is not YAML" in str(result.exception)
+    assert not Path("ran").exists()

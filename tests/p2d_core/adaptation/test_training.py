@@ -1,0 +1,199 @@
+"""Training: what it learns from and keeps; a killed run ends as an undisturbed one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
+from p2d_core.adaptation.calibration import calibrate_full
+from p2d_core.adaptation.training import TrainingSpec, train
+from p2d_core.attention.layout import attention_layers
+from p2d_core.errors import TrainingError
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.samples.tokens import EncodedSample
+from tests.tiny import tiny_llama
+
+SPEC = TrainingSpec(epochs=2, learning_rate=1e-2, batch_size=4, seed=1)
+
+
+def encoded(n: int = 12, seed: int = 0) -> list[EncodedSample]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        EncodedSample(str(i), torch.randint(3, 50, (9,), generator=generator).tolist(), 5)
+        for i in range(n)
+    ]
+
+
+def head_map() -> HeadMap:
+    scores = torch.zeros(3, 8, dtype=torch.float64)
+    scores[0, 5], scores[2, 1] = 2, 1
+    return HeadMap.from_scores(scores, n_kv_groups=4, fraction=2 / 24)
+
+
+def attach(name: str, model):
+    return adaptations.make(name, {}).attach(model, attention_layers(model), head_map(), "base")
+
+
+def test_the_loss_falls_and_its_curve_is_kept(tmp_path):
+    model = tiny_llama()
+    attached = attach("full", model)
+    spec = TrainingSpec(epochs=10, learning_rate=1e-2, batch_size=4)
+    result = train(attached.model, encoded(), spec, pad_id=0, scratch=tmp_path)
+    assert result.steps == 30
+    assert result.tokens == 10 * 12 * 9
+    assert result.curve[-1]["loss"] < 0.5 * result.curve[0]["loss"]
+    assert result.curve[-1]["step"] == 30
+
+
+def test_only_the_response_is_learnt(tmp_path):
+    """Gradients of a batch are those of the loss on response tokens, worked out here."""
+    model = tiny_llama()
+    attach("full", model)
+    samples = encoded(4)
+    ids = torch.tensor([sample.input_ids for sample in samples])
+    logits = model(input_ids=ids).logits[:, 4:-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 5:].flatten())
+    one = TrainingSpec(epochs=1, learning_rate=1e-9, batch_size=4)
+    result = train(model, samples, one, pad_id=0, scratch=tmp_path)
+    assert result.curve[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+    def weights(seed: int, name: str) -> torch.Tensor:
+        model = tiny_llama()
+        attached = attach("heads", model)
+        spec = TrainingSpec(epochs=2, learning_rate=1e-2, batch_size=4, seed=seed)
+        train(attached.model, encoded(), spec, pad_id=0, scratch=tmp_path / name)
+        return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    assert torch.equal(weights(1, "a"), weights(1, "b"))
+    assert not torch.equal(weights(1, "c"), weights(2, "d"))
+
+
+@pytest.mark.parametrize("name", ["heads", "attention", "full", "lora"])
+def test_what_an_adaptation_keeps_gives_the_trained_model_again(name, tmp_path):
+    model = tiny_llama()
+    attached = attach(name, model)
+    train(attached.model, encoded(), SPEC, pad_id=0, scratch=tmp_path / "scratch")
+    ids = torch.tensor([encoded(1, seed=9)[0].input_ids])
+    with torch.inference_mode():
+        trained = attached.model.eval()(input_ids=ids).logits
+        untouched = tiny_llama()(input_ids=ids).logits
+    attached.keep(tmp_path)
+    with torch.inference_mode():
+        again = adapted(tiny_llama(), tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(again, trained, rtol=0, atol=2e-5)
+    assert not torch.allclose(again, untouched, atol=1e-2)
+    files = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert not files & {".bin", ".pt", ".pkl"}
+
+
+def test_how_much_each_adaptation_moves():
+    counts = {}
+    for name in adaptations:
+        attached = attach(name, tiny_llama())
+        counts[name] = n_trainable(attached.model)
+    # two heads, each 8 q rows and 8 o columns of 64, and the 16 k and v rows of their groups
+    assert counts["heads"] == 2 * (8 + 8 + 16) * 64
+    # q and o are 64 x 64, k and v 32 x 64
+    assert counts["attention"] == 3 * (2 * 64 + 2 * 32) * 64
+    assert counts["heads"] < counts["attention"] < counts["full"]
+    assert counts["lora"] == 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32))
+
+
+def test_heads_without_kv_leave_k_and_v_alone():
+    model = tiny_llama()
+    adaptations.make("heads", {"include_kv": False}).attach(
+        model, attention_layers(model), head_map(), "base"
+    )
+    assert n_trainable(model) == 2 * (8 + 8) * 64
+
+
+def test_nothing_to_learn_from_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="there are no samples to train on"):
+        train(tiny_llama(), [], SPEC, pad_id=0, scratch=tmp_path)
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(TrainingError, match="leaves no parameter to train"):
+        train(model, encoded(), SPEC, pad_id=0, scratch=tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_training(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1 of 6. Lower the learning"):
+        train(attach("full", model).model, encoded(), SPEC, pad_id=0, scratch=tmp_path)
+
+
+KILLED_IN_THE_MIDDLE = """
+import sys, time
+from pathlib import Path
+from tests.p2d_core.adaptation.test_training import long_run
+def slowly(done, total):
+    print(done, flush=True)
+    time.sleep(0.02)
+long_run(Path(sys.argv[1]), slowly)
+"""
+
+
+def long_run(scratch: Path, progress=None) -> torch.Tensor:
+    model = tiny_llama()
+    attached = attach("heads", model)
+    spec = TrainingSpec(epochs=20, learning_rate=1e-2, batch_size=4, seed=3)
+    train(
+        attached.model, encoded(), spec,
+        pad_id=0, scratch=scratch, checkpoint_seconds=0.05, progress=progress,
+    )  # fmt: skip
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(tmp_path):
+    """Same machine, same thread count: equal to the last bit."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_IN_THE_MIDDLE, str(tmp_path / "killed")],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= 35:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    state = next((tmp_path / "killed").glob("checkpoint-*/trainer_state.json"))
+    assert 0 < json.loads(state.read_text())["global_step"] <= 36
+    seen: list[int] = []
+    resumed = long_run(tmp_path / "killed", lambda done, total: seen.append(done))
+    assert seen[0] > 1
+    assert torch.equal(resumed, long_run(tmp_path / "undisturbed"))
+
+
+def test_checkpoints_hold_only_what_moves(tmp_path):
+    long_run(tmp_path, lambda done, total: time.sleep(0.01))
+    (folder,) = tmp_path.glob("checkpoint-*")
+    from safetensors.torch import load_file
+
+    names = set(load_file(folder / "trainable.safetensors"))
+    assert names
+    assert all(name.endswith(".delta") for name in names)
+    assert not (folder / "model.safetensors").exists()
+    assert not (folder / "training_args.bin").exists()
+
+
+def test_calibration_scales_a_step_to_the_whole_corpus():
+    spec = TrainingSpec(epochs=3, learning_rate=1e-3, batch_size=4)
+    ten = calibrate_full(tiny_llama(), encoded(), spec, pad_id=0, n_corpus=1000, steps=10)
+    assert ten.kind == "calibrated"
+    assert ten.seconds > 0
+    assert ten.spread_seconds > 0
+    # 1000 samples are 250 steps an epoch: 750 in all, and a step takes between 1 ms and 1 s
+    assert 0.75 < ten.seconds < 750
