@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from sqlalchemy.exc import OperationalError
 
-from p2d_core.errors import P2DError
+from p2d_core.errors import P2DError, TransientError
 from p2d_core.selection.picture import draw_affinities
 from p2d_core.store import ArtifactRef, Store
 from tasks.record import flat, mlflow_uri, prepare_tracking, record, record_run
@@ -126,10 +127,19 @@ def test_the_task_keeps_the_summary_where_the_store_looks_for_runs(store, refs, 
 
 def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    settings = {"tracking": {"uri": "http://127.0.0.1:9", "experiment": "p2d"}}
+    settings = {"tracking": {"uri": "http://127.0.0.1:9", "experiment": "p2d", "tags": {}}}
     with pytest.raises(P2DError, match=r"MLflow at http://127\.0\.0\.1:9 did not take its record"):
         record.fn(summary(refs, "run-8"), settings, store=str(store.root))
     assert (store.root / "runs" / "run-8.json").exists()
+
+
+def test_a_locked_database_is_worth_another_try(store, refs, monkeypatch):
+    def locked(*args: object) -> str:
+        raise OperationalError("INSERT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr("tasks.record._write", locked)
+    with pytest.raises(TransientError, match="database is locked"):
+        record_run(summary(refs), {}, store=store.root)
 
 
 def test_a_run_without_curves_scores_and_adapter_is_recorded_too(store, refs, client):

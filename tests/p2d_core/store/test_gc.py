@@ -102,3 +102,13 @@ def test_a_broken_summary_of_a_run_to_keep_stops_it(store: Store):
     keep_run(store, summary({"heads": put(store, "heads", {"f": "x"})})).write_text("{")
     with pytest.raises(ArtifactError, match=r"is not the summary of a run .* nothing was removed"):
         unneeded(store)
+
+
+def test_an_artifact_whose_manifest_is_damaged_goes_and_spoils_nothing(store: Store):
+    refs = fill(store)
+    keep_run(store, summary(refs))
+    (refs["heads"].path / "manifest.json").write_text("{")
+    removals = unneeded(store)
+    assert [(removal.path, removal.why) for removal in removals] == [
+        (refs["heads"].path, "its manifest is damaged")
+    ]

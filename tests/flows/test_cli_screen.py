@@ -1,0 +1,161 @@
+"""The last screen says what happened, fits the terminal, and claims nothing that is not so."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from flows.cli.progress import StageProgress, duration, pace
+from flows.cli.screen import gain, show_summary
+from p2d_core.store import Store
+from tests.small_store import fill, summary
+
+PICTURE = Text("layer 0  ·░█▓\nlayer 1  ·░▒▓")
+
+
+@pytest.fixture(scope="module")
+def refs(tmp_path_factory):
+    return fill(Store(tmp_path_factory.mktemp("screen") / "artifacts"))
+
+
+def screen(done, width: int = 100, picture: Text | None = PICTURE) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    show_summary(done, picture, console)
+    return console.file.getvalue()
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_everything_a_newcomer_wants_is_there(refs):
+    text = flat(screen(summary(refs)))
+    assert "proxy 0.1 reused 2.0" in text
+    assert "model 0.1 computed 4.0" in text
+    assert "1 of 4 query heads (25.0%) by spad: 6,144 parameters move" in text
+    assert "layer 0 ·░█▓" in text
+    assert f"picture: {refs['heads'].location}/heads.png" in text
+    assert "sums 3 30 10.0% 75.0%" in text
+    assert "wrong 1 25.0%" in text
+    assert "P2D task heads, 10.0% of the corpus 0.750 0.850" in text
+    assert "AER 0.210 0.010" in text
+    assert "speedup 4.8x 100.0x" in text
+    for command in ("p2d ui", "p2d config -o my.yaml", "p2d adapt my.yaml", "p2d artifacts ls"):
+        assert command in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_no_line_but_a_path_or_a_command_is_wider_than_the_screen(refs, width):
+    for line in screen(summary(refs), width).splitlines():
+        to_copy = line.strip().startswith(("picture:", "p2d "))
+        assert to_copy or len(line.rstrip()) <= min(width, 100), line
+
+
+def test_p2d_that_is_better_is_said_to_be(refs):
+    text = flat(screen(summary(refs)))
+    assert (
+        "P2D is better than a random subset of the same size with the same heads by 0.550" in text
+    )
+    assert "P2D is better than full fine-tuning on the whole corpus by 0.250" in text
+
+
+def test_p2d_that_is_not_better_is_said_not_to_be(refs):
+    done = summary(refs, quality__p2d=0.04, quality__random=0.2, quality__full=0.04)
+    text = flat(screen(done))
+    assert "P2D is WORSE than the base model, by 0.010" in text
+    assert "P2D is NOT better than a random subset" in text
+    assert "worse by 0.160" in text
+    assert "P2D is NOT better than full fine-tuning on the whole corpus: the same" in text
+
+
+def test_for_a_loss_lower_is_better(refs):
+    done = summary(
+        refs,
+        quality__metric="loss",
+        quality__higher_is_better=False,
+        quality__p2d=1.5,
+        quality__random=2.0,
+        quality__base=1.0,
+    )
+    assert gain(done.quality, "random") == pytest.approx(0.5)
+    text = flat(screen(done))
+    assert "Quality (lower is better" in text
+    assert (
+        "P2D is better than a random subset of the same size with the same heads by 0.500" in text
+    )
+    assert "P2D is WORSE than the base model, by 0.500" in text
+
+
+def test_an_arm_that_was_not_run_is_left_out(refs):
+    text = screen(summary(refs, quality__full=None, quality__random=None, quality__retention={}))
+    assert "random subset" not in text
+    assert "full fine-tuning on" not in text
+    assert "retention" not in text
+
+
+def test_selecting_that_costs_more_than_it_saves_is_said(refs):
+    assert "took LONGER than full" in flat(screen(summary(refs, aer__cold=1.2)))
+    assert "took LONGER" not in screen(summary(refs))
+
+
+def test_a_picture_too_wide_for_the_screen_is_left_to_the_file(refs):
+    assert "layer 0" not in screen(summary(refs), 80, Text("layer 0 " + "▓" * 80))
+
+
+def test_the_store_stands_in_the_commands_unless_it_is_the_usual_one(refs):
+    assert f"p2d ui --store {Path(refs['heads'].location).parents[1]}" in screen(summary(refs))
+    usual = summary(refs, artifacts={"heads": "artifacts/heads/abc"})
+    assert "--store" not in screen(usual)
+
+
+def test_names_with_brackets_are_shown_as_they_are(refs):
+    done = summary(refs, name="[bold]x", selection__corpus_by_source={"[red]y": 40})
+    text = screen(done)
+    assert "[bold]x" in text
+    assert "[red]y" in text
+
+
+def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
+    monkeypatch.setattr("flows.cli.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("flows.cli.progress.SECONDS_WORTH_A_LINE", 0)
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    with StageProgress(console) as progress, progress.stage("measurements") as tell:
+        tell(0, 40)
+        tell(20, 40)
+        progress.update(30, 40, "shard 3")
+    lines = [line.split(" ", 1)[1] for line in console.file.getvalue().splitlines()]
+    assert lines[0] == "measurements: 0 of 40"
+    assert lines[1].startswith("measurements: 20 of 40, ")
+    assert lines[1].endswith(" left")
+    assert lines[2].startswith("measurements: shard 3: 30 of 40")
+    assert lines[3].startswith("measurements: done in ")
+
+
+def test_progress_in_a_terminal_leaves_nothing_behind():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with StageProgress(console) as progress, progress.stage("proxy") as tell:
+        tell(1, 2)
+    assert "done in" not in console.file.getvalue()
+
+
+def test_an_error_in_a_stage_goes_through():
+    with (
+        pytest.raises(ValueError, match="boom"),
+        StageProgress(Console(file=io.StringIO())) as progress,
+        progress.stage("proxy"),
+    ):
+        raise ValueError("boom")
+
+
+def test_times_and_rates_are_worked_by_hand():
+    assert [duration(s) for s in (0.44, 12.2, 200, 7500)] == [
+        "0.4 s",
+        "12 s",
+        "3 min 20 s",
+        "2 h 5 min",
+    ]
+    assert pace(4.0, 40) == ", 4.0/s, 10 s left"
+    assert pace(0.5, 2) == ", 2.0 s each, 4.0 s left"
+    assert pace(0, 2) == ""

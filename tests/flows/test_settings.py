@@ -1,0 +1,133 @@
+"""Settings: every one has a default and a line of help, and is read by something."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from flows.inputs import check_inputs, make_runtime
+from flows.settings import RunSettings, load_settings, parse_settings
+from p2d_core.errors import SettingsError
+from p2d_core.synthetic.world import BASE_FOLDER, write_world
+
+REQUIRED = {"base", "target", "path"}
+
+
+def models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    from flows.settings import _inner_model
+
+    found = [model]
+    for field in model.model_fields.values():
+        inner = _inner_model(field.annotation)
+        if inner is not None:
+            found += models(inner)
+    return found
+
+
+def test_every_setting_has_a_default_and_a_line_of_help():
+    for model in models(RunSettings):
+        for name, field in model.model_fields.items():
+            assert not field.is_required() or name in REQUIRED, name
+            inner = field.annotation
+            is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+            text = inner.__doc__ if is_section else field.description
+            assert text, name
+            assert len(text.splitlines()) == 1, name
+
+
+def test_paths_are_relative_to_the_settings_file(tmp_path):
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep/run.yaml"
+    file.write_text("base: ../model\ntarget: {path: data/t.jsonl}\n")
+    settings = load_settings(file)
+    assert settings.base == str(tmp_path / "model")
+    assert settings.target.path == str(tmp_path / "deep/data/t.jsonl")
+    assert settings.target.name == "t"
+
+
+def test_hub_names_stay_as_they_are(tmp_path):
+    values = {"base": "b", "target": {"path": "hf://datasets/openai/gsm8k"}}
+    assert parse_settings(values, tmp_path / "r.yaml").target.path == "hf://datasets/openai/gsm8k"
+
+
+def test_a_file_that_is_not_there_says_how_to_get_one(tmp_path):
+    with pytest.raises(SettingsError, match=r"run.yaml: there is no such file. `p2d config >"):
+        load_settings(tmp_path / "run.yaml")
+
+
+def test_a_file_without_keys_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"needs keys such as `base:` and `target:`"):
+        parse_settings(["base"], Path("run.yaml"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, seed=1)
+    return folder
+
+
+CHANGES = [
+    ("name", "other"),
+    ("seed", 7),
+    ("precision", "bfloat16"),
+    ("device", "cpu"),
+    ("threads", 1),
+    ("target", {"limit": 190}),
+    ("target", {"skip": 2}),
+    ("corpus", {"sources": []}),
+    ("format", {"separator": " : "}),
+    ("format", {"max_tokens": 64}),
+    ("evaluation", {"samples": 30}),
+    ("evaluation", {"metric": "exact_match"}),
+    ("evaluation", {"answer_pattern": "#### (.*)"}),
+    ("evaluation", {"max_new_tokens": 5}),
+    ("proxy", {"samples": 40}),
+    ("proxy", {"held_out": 40}),
+    ("proxy", {"epochs": 9}),
+    ("proxy", {"learning_rate": 1}),
+    ("proxy", {"batch_size": 3}),
+    ("heads", {"ranker": "gradient"}),
+    ("heads", {"options": {"support": "values"}}),
+    ("heads", {"include_kv": False}),
+    ("heads", {"proxy_epochs": 9}),
+    ("heads", {"proxy_learning_rate": 1}),
+    ("scoring", {"scorer": "tfidf"}),
+    ("scoring", {"options": {"neighbours": 2}}),
+    ("scoring", {"tokens_per_batch": 99}),
+    ("selection", {"fraction": 0.3}),
+    ("selection", {"pool": 2}),
+    ("selection", {"match_lengths": False}),
+    ("selection", {"replay": 0.3}),
+    ("training", {"adaptation": "full"}),
+    ("training", {"epochs": 9}),
+    ("training", {"learning_rate": 1}),
+    ("training", {"batch_size": 3}),
+    ("training", {"warmup": 0.5}),
+    ("training", {"checkpoint_seconds": 3}),
+    ("arms", {"full_learning_rate": 1}),
+]
+
+
+@pytest.mark.parametrize(("section", "change"), CHANGES)
+def test_a_changed_setting_reaches_the_stages(world, section, change):
+    """What a stage is given differs; what the others do with it their own tests show."""
+    values = {
+        "base": str(BASE_FOLDER),
+        "target": {"path": "target.jsonl"},
+        "corpus": {"sources": [{"path": "corpus/ledgers.jsonl"}]},
+    }
+    given = values | {"evaluation": {"samples": 40}}
+
+    def handed_on(values) -> tuple:
+        settings = parse_settings(values, world / "run.yaml")
+        inputs = check_inputs(settings)
+        direct = (
+            settings.name, settings.proxy.samples, settings.proxy.held_out,
+            settings.evaluation.samples, settings.heads.include_kv, settings.heads.fraction,
+        )  # fmt: skip
+        return inputs, make_runtime(settings, world, "run"), direct
+
+    before = given.get(section)
+    changed = before | change if isinstance(change, dict) and before else change
+    assert handed_on(given | {section: changed}) != handed_on(given)
