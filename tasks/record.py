@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from p2d_core.errors import P2DError
+from p2d_core.errors import P2DError, TransientError
 from p2d_core.selection.picture import draw_affinities
 from p2d_core.store import ArtifactRef
 from tasks.stage import is_transient
@@ -106,6 +106,7 @@ def record_run(
         ``tracking_uri``, ``experiment`` and ``run_id``.
 
     Raises:
+        TransientError: the disk or the database did not take it this time.
         P2DError: MLflow cannot be reached or refuses.
     """
     refs = refs if refs is not None else _refs_of(summary)
@@ -114,7 +115,7 @@ def record_run(
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     with _quiet():
         try:
@@ -125,7 +126,8 @@ def record_run(
             experiment_id = _experiment(client, experiment, location)
             run_id = _write(client, experiment_id, summary, settings, refs, dict(tags or {}))
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise P2DError(
+            may_pass = isinstance(error, OSError | OperationalError)
+            raise (TransientError if may_pass else P2DError)(
                 f"the run is done and its artifacts are kept, but MLflow at {uri} did not take its "
                 f"record: {error}. When it can be reached (tracking.uri), the same command records "
                 "it without computing anything again."
@@ -198,7 +200,9 @@ def _experiment(client: MlflowClient, name: str, location: Path | None) -> str:
     if found is None:
         place = location.as_uri() if location else None
         try:
-            return str(client.create_experiment(name, artifact_location=place))
+            # without it the UI opens with its pages for chats and agents
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(name, artifact_location=place, tags=tags))
         except MlflowException:
             # another run made it in the meantime
             found = client.get_experiment_by_name(name)

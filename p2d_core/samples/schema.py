@@ -41,9 +41,7 @@ def sample_id_of(prompt: str, response: str) -> str:
 
 def to_table(samples: list[Sample]) -> pa.Table:
     """A row a sample, in order."""
-    columns = {
-        name: [getattr(sample, name) for sample in samples] for name in SAMPLE_SCHEMA.names
-    }
+    columns = {name: [getattr(sample, name) for sample in samples] for name in SAMPLE_SCHEMA.names}
     return pa.table(columns, schema=SAMPLE_SCHEMA)
 
 

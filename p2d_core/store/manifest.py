@@ -93,7 +93,9 @@ def faults(folder: Path, key: str) -> list[str]:
         found = []
         for name, entry in manifest.files.items():
             file = folder / name
-            if not file.is_file():
+            if not file.resolve().is_relative_to(folder.resolve()):
+                found.append(f"{name} lies outside the artifact")
+            elif not file.is_file():
                 found.append(f"{name} is missing")
             elif file.stat().st_size != entry["size"]:
                 found.append(f"{name} has {file.stat().st_size} bytes, not {entry['size']}")

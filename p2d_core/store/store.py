@@ -4,7 +4,8 @@ import fcntl
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -156,17 +157,7 @@ class Store:
 
     def lineage(self, ref: ArtifactRef) -> list[ArtifactRef]:
         """The artifact and all that it was made from, itself first."""
-        by_key = {other.key: other for other in self.refs()}
-        order: list[ArtifactRef] = []
-        waiting = [ref]
-        while waiting:
-            here = waiting.pop(0)
-            if here in order:
-                continue
-            order.append(here)
-            keys = _strings(here.manifest.inputs)
-            waiting.extend(by_key[key] for key in keys if key in by_key)
-        return order
+        return lineage_among({other.key: other for other in self.refs()}, ref)
 
     def faults(self, ref: ArtifactRef) -> list[str]:
         """What is wrong with an artifact, a line each; empty when nothing is."""
@@ -180,6 +171,17 @@ class Store:
             for folder in sorted(self.root.glob(f"*/*{marker}*"))
         ]
 
+    def in_use(self, stage: str, key: str) -> bool:
+        """Whether a process is making or looking up that artifact right now."""
+        try:
+            with (self.root / ".locks" / f"{stage}-{key}").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass
+        return False
+
     @contextmanager
     def _locked(self, stage: str, key: str) -> Iterator[None]:
         # flock dies with its process, so a killed run never blocks the next one
@@ -188,6 +190,20 @@ class Store:
         with (locks / f"{stage}-{key}").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def lineage_among(by_key: Mapping[str, ArtifactRef], ref: ArtifactRef) -> list[ArtifactRef]:
+    """The artifact and all of the given ones that it was made from, itself first."""
+    found: dict[str, ArtifactRef] = {}
+    waiting = deque([ref])
+    while waiting:
+        here = waiting.popleft()
+        if here.key in found:
+            continue
+        found[here.key] = here
+        keys = strings_in(here.manifest.inputs)
+        waiting.extend(by_key[key] for key in keys if key in by_key and key not in found)
+    return list(found.values())
 
 
 @contextmanager
@@ -205,12 +221,13 @@ def _staged(dest: Path) -> Iterator[Path]:
         raise
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in nested values: the keys among a manifest's inputs, for one."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _strings(part)
+            yield from strings_in(part)
     elif isinstance(value, list):
         for part in value:
-            yield from _strings(part)
+            yield from strings_in(part)

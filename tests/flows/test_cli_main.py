@@ -72,6 +72,28 @@ def test_ctrl_c_says_how_to_go_on(p2d, monkeypatch):
     assert "the same command goes on from there" in err
 
 
+def test_ctrl_c_that_takes_the_server_along_says_so_too(p2d, monkeypatch):
+    def interrupt(*args: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ConnectionError("connection refused")  # noqa: B904
+
+    monkeypatch.setattr("flows.settings.load_settings", interrupt)
+    code, _, err = p2d("adapt", "my.yaml")
+    assert (code, "connection refused" in err) == (130, False)
+    assert "the same command goes on from there" in err
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(p2d, monkeypatch):
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("flows.settings.load_settings", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        p2d("adapt", "my.yaml")
+
+
 def test_wrong_usage_is_exit_code_2(p2d):
     assert p2d("adapt")[0] == 2
     assert p2d("nonsense")[0] == 2

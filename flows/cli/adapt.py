@@ -1,0 +1,58 @@
+"""`p2d adapt`: the whole job on a person's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.options import (
+    DEFAULT_STORE,
+    StoreOption,
+    SummaryOption,
+    VerboseOption,
+    artifact,
+    check_summary_file,
+    existing_store,
+)
+
+
+def adapt(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Settings in YAML; `p2d config` writes a first one."),
+    ],
+    summary: SummaryOption = None,
+    head_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY|FOLDER",
+            help="Take this head map, such as artifacts/heads/<key>: no proxy run, no ranking.",
+        ),
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    verbose: VerboseOption = False,
+) -> None:
+    """Adapt a base model to a target: heads, data, training, and what it all cost.
+
+    What an earlier run made from the same input is reused; after a kill the same command goes on.
+
+    Example: [bold]p2d adapt my.yaml --summary my.json[/bold]
+    """
+    check_summary_file(summary)
+    from flows.settings import load_settings
+
+    settings = load_settings(file)
+    if head_map is not None:
+        head_map = str(artifact(existing_store(store), head_map, "heads").path)
+    from flows.environment import prepare_environment
+
+    prepare_environment(store, verbose=verbose)
+    from flows.adapt import run_adapt
+    from flows.cli.finish import finish
+    from flows.cli.progress import listening
+
+    with listening():
+        done = run_adapt(settings, store=store, head_map=head_map)
+    finish(done, summary)

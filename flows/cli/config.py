@@ -1,0 +1,161 @@
+"""`p2d config`: every setting with its default and what it means, as YAML to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from p2d_core.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+HEAD = """\
+# Settings of one run. Fill in base and target, then:
+#
+#     p2d adapt {file}
+#
+# Everything else may be left as it is, or left out: the values below are the defaults. Paths are
+# relative to this file. What is empty is found, or left out, as its comment says.
+"""
+PLACEHOLDERS = {"base": "path/to/model", "path": "path/to/target.jsonl"}
+EXAMPLES = {
+    "corpus.sources": [
+        "# sources:",
+        "# - path: path/to/candidates.parquet",
+        "#   name: candidates",
+    ],
+    "evaluation.source": ["#   path: path/to/test.jsonl"],
+    "evaluation.retention": ["#   path: path/to/old_skills.jsonl"],
+}
+BESIDE = 34
+PLAIN = ("> 0", ">= 0", ">= 1")
+"""Bounds that go without saying."""
+WIDEST = 100
+
+
+def config(
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write there; it must not exist yet."),
+    ] = None,
+) -> None:
+    """Print all settings with their defaults and meanings, as a YAML file to start from.
+
+    Example: [bold]p2d config -o my.yaml[/bold]
+    """
+    if output is None:
+        typer.echo(commented_yaml("my.yaml"), nl=False)
+        return
+    try:
+        with output.open("x", encoding="utf-8") as stream:
+            stream.write(commented_yaml(output.name))
+    except FileExistsError:
+        raise InputError(
+            f"{output} is there already and stays as it is. Give another name to -o."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}.") from error
+    typer.echo(f"Wrote {output}. Fill in base and target, then: p2d adapt {output}")
+
+
+def commented_yaml(file: str) -> str:
+    """Loads again as it is; ``file`` stands in the command at its head."""
+    from flows.settings import RunSettings
+
+    return "\n".join([HEAD.format(file=file), *_lines(RunSettings, "", "")]) + "\n"
+
+
+def _lines(model: type[BaseModel], indent: str, path: str) -> Iterator[str]:
+    after_section = False
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if not indent and after_section and inner is None:
+            yield ""
+        after_section = inner is not None
+        if inner is not None:
+            if not indent:
+                yield ""
+            meaning = field.description or (inner.__doc__ or "").strip()
+            yield f"{indent}# {meaning}"
+            yield f"{indent}{name}:"
+            yield from _lines(inner, indent + "  ", f"{path}{name}.")
+        else:
+            yield from _entry(name, field, indent)
+            yield from (f"{indent}{line}" for line in EXAMPLES.get(path + name, []))
+
+
+def _entry(name: str, field: FieldInfo, indent: str) -> list[str]:
+    entry = f"{indent}{name}: {_value(name, field)}".rstrip()
+    meaning = " ".join(part for part in (field.description or "", _bounds(field)) if part)
+    if not meaning:
+        return [entry]
+    beside = f"{entry:<{BESIDE}}  # {meaning}"
+    if len(beside) <= WIDEST:
+        return [beside]
+    return [*_wrapped(meaning, indent), entry]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    import textwrap
+
+    start = f"{indent}# "
+    return textwrap.wrap(text, WIDEST, initial_indent=start, subsequent_indent=start)
+
+
+def _value(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return PLACEHOLDERS[name]
+    default = field.get_default(call_default_factory=True)
+    if default is None:
+        return ""
+    if isinstance(default, str):
+        import json
+
+        # as YAML reads it: quoted where it would be taken for something else
+        return (
+            default if default.replace("-", "").replace("_", "").isalnum() else json.dumps(default)
+        )
+    if isinstance(default, bool):
+        return "true" if default else "false"
+    if isinstance(default, tuple | list):
+        return "[]"
+    if isinstance(default, dict):
+        return "{}"
+    if isinstance(default, float) and default < 0.001:
+        # YAML 1.1 reads 1e-4 as text
+        return f"{default:.10f}".rstrip("0") if default else "0.0"
+    return str(default)
+
+
+def _bounds(field: FieldInfo) -> str:
+    from annotated_types import Ge, Gt, Le, Lt
+
+    choices = [str(value) for value in get_args(field.annotation)] if _is_choice(field) else []
+    if choices and choices[0] not in (field.description or ""):
+        return f"One of: {', '.join(choices)}."
+    signs = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
+    limits = [
+        f"{sign} {getattr(limit, name)}"
+        for kind, (sign, name) in signs.items()
+        for limit in field.metadata
+        if isinstance(limit, kind)
+    ]
+    text = " and ".join(limits)
+    return f"({text})" if text and text not in PLAIN else ""
+
+
+def _is_choice(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is Literal
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section; None for a value, and for a section that may be left out."""
+    from pydantic import BaseModel
+
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation if is_model else None

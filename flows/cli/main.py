@@ -1,0 +1,87 @@
+"""Entry point of the `p2d` command: its commands, and what errors look like to a person."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flows.cli import adapt, artifacts, config, demo, doctor, sql, ui
+from p2d_core.errors import InputError, P2DError
+
+HELP = """Adapts a language model to a domain: finds the attention heads that the domain moves,
+lets them choose the training data, and trains only those heads.
+
+Start with [bold]p2d demo[/bold]; then [bold]p2d config -o my.yaml[/bold], fill in your files, and
+[bold]p2d adapt my.yaml[/bold]. What was computed is kept in the store and reused."""
+
+INTERRUPTED = 130
+GO_ON = "\nstopped. What was finished is kept: the same command goes on from there."
+
+app = typer.Typer(
+    name="p2d",
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo.demo)
+app.command()(adapt.adapt)
+app.command()(config.config)
+app.command()(ui.ui)
+app.add_typer(artifacts.app, name="artifacts")
+app.command()(sql.sql)
+app.command()(doctor.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"p2d {version('p2d')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run() -> None:
+    """Runs a command and leaves with its exit code: 0 done, 2 wrong input, 1 failed, 130 Ctrl-C."""
+    try:
+        app()
+    except P2DError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            print(GO_ON, file=sys.stderr)
+        raise
+    except BrokenPipeError:
+        # whoever read our output (head, less) has had enough
+        sys.stderr.close()
+        sys.exit(0)
+    except BaseException as error:
+        # Ctrl-C reaches Prefect's server too, and what comes up here is then that it is gone
+        if not _was_stopped(error):
+            raise
+        print(GO_ON, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _was_stopped(error: BaseException | None) -> bool:
+    """Whether the error came up while a signal to stop was handled."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,287 @@
+"""The last screen of a run: what was done, what came of it, what it cost, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from flows.cli.progress import duration
+from tasks.summary import QualitySummary, SelectionSummary, Summary
+
+WIDEST = 100
+ARM_NAMES = {
+    "base": "base model",
+    "p2d": "P2D",
+    "random": "random subset",
+    "full": "full fine-tuning",
+}
+TERM_NAMES = {
+    "proxy": "proxy run",
+    "heads": "head ranking",
+    "scores": "scoring",
+    "subset": "selection",
+    "model": "training",
+}
+
+
+def show_summary(summary: Summary, head_map_text: Text | None, console: Console) -> None:
+    """Prints the screen; at most 100 columns wide."""
+    console = _narrowed(console)
+    console.print()
+    console.rule(f"[bold]{_escaped(summary.name)}[/bold]", align="left", style="dim")
+    if summary.base and summary.target:
+        _say(console, f"{summary.base} adapted to {summary.target}", style="dim")
+    _stages(summary, console)
+    _heads(summary, head_map_text, console)
+    _selection(summary.selection, console)
+    _quality(summary, console)
+    _aer(summary, console)
+    _next(summary, console)
+
+
+def verdict(quality: QualitySummary) -> list[tuple[str, str]]:
+    """What the numbers say, in sentences, each with a style."""
+    sentences = [_against_base(quality)]
+    sentences += [
+        _against(quality, arm, text)
+        for arm, text in (
+            ("random", "a random subset of the same size with the same heads"),
+            ("full", "full fine-tuning on the whole corpus"),
+        )
+        if getattr(quality, arm) is not None
+    ]
+    if quality.samples:
+        noise = "One run on {n} evaluation samples: small differences can be chance."
+        sentences.append((noise.format(n=f"{quality.samples:,}"), "dim"))
+    return sentences
+
+
+def gain(quality: QualitySummary, arm: str) -> float:
+    """By how much P2D is better than an arm, in the metric's unit; negative: worse."""
+    difference = quality.p2d - float(getattr(quality, arm))
+    return difference if quality.higher_is_better else -difference
+
+
+def _against_base(quality: QualitySummary) -> tuple[str, str]:
+    better_by = gain(quality, "base")
+    if _same(quality, "base"):
+        return "P2D leaves the base model's quality as it was.", "yellow"
+    if better_by < 0:
+        return f"P2D is WORSE than the base model, by {-better_by:.3f}.", "red"
+    return f"P2D is better than the base model by {better_by:.3f}.", "green"
+
+
+def _against(quality: QualitySummary, arm: str, what: str) -> tuple[str, str]:
+    better_by = gain(quality, arm)
+    if _same(quality, arm):
+        return f"P2D is NOT better than {what}: the same.", "yellow"
+    if better_by < 0:
+        return f"P2D is NOT better than {what}: worse by {-better_by:.3f}.", "yellow"
+    return f"P2D is better than {what} by {better_by:.3f}.", "green"
+
+
+def _same(quality: QualitySummary, arm: str) -> bool:
+    return abs(gain(quality, arm)) < 0.0005
+
+
+def _stages(summary: Summary, console: Console) -> None:
+    table = _table("stage", ">seconds", "", ">when first made")
+    for line in summary.stages:
+        table.add_row(
+            Text(line.name),
+            _seconds(line.seconds),
+            Text("reused", "dim") if line.reused else Text("computed", "green"),
+            Text(_seconds(line.cold_seconds), "dim"),
+        )
+    if summary.seconds:
+        rest = summary.seconds - sum(line.seconds for line in summary.stages)
+        if rest > 0.05:
+            table.add_row(Text("starting, looking up", "dim"), _seconds(rest), "", "")
+        table.add_row(Text("whole run", "bold"), Text(_seconds(summary.seconds), "bold"), "", "")
+    _section(console, "Stages", table)
+
+
+def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
+    heads, moving = summary.heads, summary.trainable
+    _title(console, "Task heads")
+    _say(
+        console,
+        f"{heads.selected} of {heads.total} query heads ({_percent(heads.selected, heads.total)}) "
+        f"by {heads.ranker}: {moving.parameters:,} parameters move, {moving.share_of_model:.1%} of "
+        "the model.",
+    )
+    if picture is not None:
+        widest = max((len(line) for line in picture.plain.splitlines()), default=0)
+        if widest <= console.width - 4:
+            console.print(Padding(picture, (0, 0, 0, 2)), soft_wrap=True)
+    if heads.picture:
+        # not wrapped: a path is there to be copied
+        console.print(Text(f"  picture: {heads.picture}", "dim"), soft_wrap=True)
+
+
+def _selection(selection: SelectionSummary, console: Console) -> None:
+    _title(console, "Samples chosen")
+    _say(
+        console,
+        f"{selection.selected:,} of {selection.corpus:,} "
+        f"({_percent(selection.selected, selection.corpus)}) by {selection.scorer}.",
+    )
+    if selection.corpus_by_source:
+        table = _table("source", ">chosen", ">in corpus", ">of source", ">of chosen")
+        for source, available in selection.corpus_by_source.items():
+            chosen = selection.by_source.get(source, 0)
+            table.add_row(
+                Text(source),
+                f"{chosen:,}",
+                f"{available:,}",
+                _percent(chosen, available),
+                _percent(chosen, selection.selected),
+            )
+        console.print(Padding(table, (0, 0, 0, 2)))
+    if selection.by_label:
+        table = _table("label (no stage reads it)", ">chosen", ">of chosen")
+        for label, chosen in selection.by_label.items():
+            table.add_row(Text(label), f"{chosen:,}", _percent(chosen, selection.selected))
+        console.print(Padding(table, (0, 0, 0, 2)))
+    for note in selection.notes:
+        _say(console, f"note: {note}", style="yellow")
+
+
+def _quality(summary: Summary, console: Console) -> None:
+    quality, selection = summary.quality, summary.selection
+    share = _percent(selection.selected, selection.corpus)
+    trained_on = {
+        "base": "nothing",
+        "p2d": f"task heads, {share} of the corpus",
+        "random": f"same heads, {share} of the corpus",
+        "full": "all parameters, whole corpus",
+    }
+    better = "higher" if quality.higher_is_better else "lower"
+    columns = ["", "trained", f">{quality.metric.replace('_', ' ')}"]
+    if quality.retention:
+        columns.append(">retention")
+    table = _table(*columns)
+    for arm, name in ARM_NAMES.items():
+        value = getattr(quality, arm)
+        if value is None:
+            continue
+        style = "bold" if arm == "p2d" else ""
+        row = [Text(name, style), Text(trained_on[arm], "dim"), Text(f"{value:.3f}", style)]
+        if quality.retention:
+            kept = quality.retention.get(arm)
+            row.append(Text("" if kept is None else f"{kept:.3f}", style))
+        table.add_row(*row)
+    retained = "; retention: the same on what the base could do" if quality.retention else ""
+    _section(console, f"Quality ({better} is better{retained})", table)
+    for sentence, style in verdict(quality):
+        _say(console, sentence, style=style)
+
+
+def _aer(summary: Summary, console: Console) -> None:
+    aer = summary.aer
+    table = _table("", ">cold", ">this run")
+    for term, seconds in aer.stages.items():
+        now = aer.stages_this_run.get(term, 0.0)
+        table.add_row(TERM_NAMES.get(term, term), _seconds(seconds), _seconds(now))
+    table.add_row(
+        Text("P2D in all", "bold"),
+        Text(_seconds(sum(aer.stages.values())), "bold"),
+        Text(_seconds(sum(aer.stages_this_run.values())), "bold"),
+    )
+    spread = f" ± {_seconds(aer.full_spread_seconds)}" if aer.full_spread_seconds else ""
+    full = f"{_seconds(aer.full_seconds)}{spread}"
+    table.add_row(f"full fine-tuning ({aer.reference})", full, full)
+    table.add_row(
+        Text("AER", "bold"), Text(f"{aer.cold:.3f}", "bold"), Text(f"{aer.this_run:.3f}", "bold")
+    )
+    table.add_row(
+        Text("speedup", "bold"),
+        Text(_times(aer.speedup), "bold"),
+        Text(_times(1 / aer.this_run if aer.this_run > 0 else 0.0), "bold"),
+    )
+    _section(console, "Alignment Efficiency Ratio (seconds; lower AER is better)", table)
+    if aer.cold >= 1:
+        _say(
+            console,
+            "Cold, P2D took LONGER than full fine-tuning here: selecting costs more than it saves. "
+            "A larger corpus, or another target on the same corpus, changes that.",
+            style="yellow",
+        )
+
+
+def _next(summary: Summary, console: Console) -> None:
+    store = ""
+    heads = summary.artifacts.get("heads")
+    folder = Path(heads).parent.parent if heads else Path("artifacts")
+    if folder != Path("artifacts"):
+        store = f" --store {folder}"
+    query = "SELECT source, count(*), avg(affinity) FROM scores GROUP BY source"
+    commands = {
+        f"p2d ui{store}": "charts, pictures and the adapter, in MLflow",
+        "p2d config -o my.yaml": "settings to fill in with your own files",
+        f"p2d adapt my.yaml{store}": "the same job on them",
+        f"p2d artifacts ls{store}": "what was kept, and what from",
+        f'p2d sql "{query}"{store}': "ask the data",
+    }
+    _title(console, "Next")
+    column = max(len(command) for command in commands if "sql" not in command) + 2
+    for command, what in commands.items():
+        line = Text("  ").append(command, "bold cyan")
+        if column + len(what) + 2 <= console.width and len(command) < column:
+            line.append(" " * (column - len(command)) + what, "dim")
+        # not wrapped: a command is there to be copied
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _narrowed(console: Console) -> Console:
+    if console.width > WIDEST:
+        console.width = WIDEST
+    return console
+
+
+def _table(*columns: str) -> Table:
+    """Columns whose name begins with > are numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in columns:
+        number = name.startswith(">")
+        table.add_column(
+            name.removeprefix(">"),
+            justify="right" if number else "left",
+            no_wrap=number,
+            overflow="fold",
+        )
+    return table
+
+
+def _title(console: Console, title: str) -> None:
+    console.print(Text(f"\n{title}", "bold"))
+
+
+def _section(console: Console, title: str, table: Table) -> None:
+    _title(console, title)
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Padding(Text(text, style), (0, 0, 0, 2)))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f}" if seconds < 9_999 else duration(seconds)
+
+
+def _times(speedup: float) -> str:
+    return f"{speedup:.1f}x" if speedup < 1000 else f"{speedup:,.0f}x"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else ""

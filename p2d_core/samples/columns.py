@@ -1,0 +1,299 @@
+"""Which columns of a row are the prompt and the response, and the texts that they hold."""
+
+import difflib
+import json
+import math
+import re
+import string
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from p2d_core.errors import DataError
+from p2d_core.samples.json_rows import TOO_DEEP
+from p2d_core.samples.rows import described, listed
+from p2d_core.samples.source import SourceSpec
+
+KNOWN_PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("input", "output"),
+    ("input", "target"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("source", "target"),
+    ("text", "summary"),
+    ("document", "summary"),
+    ("dialogue", "summary"),
+)
+"""Columns that are found by themselves, whatever their case; the first pair that is there counts.
+
+With ``instruction``, a column ``input`` is appended after a blank line where it is not empty.
+"""
+
+_LEADING_BLANK_LINES = re.compile(r"^(?:[ \t]*\n)+")
+
+
+class RowProblem(Exception):
+    """What is wrong with one row; its place is known to the caller."""
+
+
+def canonical_text(text: str) -> str:
+    """The text as it is, but for line breaks, leading blank lines and white space at its end.
+
+    CRLF becomes LF. The indentation of the first line stays, because in code it means something.
+    """
+    return _LEADING_BLANK_LINES.sub("", text.replace("\r\n", "\n")).rstrip(" \t\r\n")
+
+
+class Text(Protocol):
+    """A way from a row to a text."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads."""
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text in that row; raises `RowProblem`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The text of one column."""
+
+    name: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        value = _value(row, self.name)
+        if value is None:
+            raise RowProblem(f"column {self.name!r} is null; fill it in or remove the row")
+        if isinstance(value, str):
+            return value
+        cure = (
+            f'put it in quotes, or write `"{{{self.name}}}"` in place of {self.name!r} '
+            "in the settings to have it turned into text"
+            if isinstance(value, (int, float)) and _is_plain(value)
+            else "write it as text"
+        )
+        raise RowProblem(f"column {self.name!r} holds {described(value)} where text is due; {cure}")
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Literal text with columns in it; a number is written out, null is empty."""
+
+    parts: tuple[tuple[str, str | None], ...]
+    """Literal text, each followed by a column or None."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(column for _, column in self.parts if column is not None)
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        pieces = []
+        for literal, column in self.parts:
+            pieces.append(literal)
+            if column is not None:
+                pieces.append(self._written(column, _value(row, column)))
+        return "".join(pieces)
+
+    @staticmethod
+    def _written(column: str, value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+        if _is_plain(value):
+            return json.dumps(value)
+        raise RowProblem(
+            f"column {column!r} holds {described(value)} where text is due; write it as text"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionWithInput:
+    """The instruction, and after a blank line the input where there is one."""
+
+    instruction: str
+    input: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.instruction, self.input)
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        instruction = Column(self.instruction).render(row)
+        if row.get(self.input) is None:
+            return instruction
+        given = Column(self.input).render(row)
+        return f"{instruction}\n\n{given}" if given.strip() else instruction
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnMap:
+    """How the rows of one file become prompt, response and extra."""
+
+    prompt: Text
+    response: Text
+
+    def texts_of(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """Prompt and response, canonical.
+
+        Raises:
+            RowProblem: one of them is missing, empty, of a wrong type, or no valid text.
+        """
+        return self._text("prompt", self.prompt, row), self._text("response", self.response, row)
+
+    @staticmethod
+    def _text(role: str, text: Text, row: Mapping[str, Any]) -> str:
+        try:
+            rendered = text.render(row)
+        except RowProblem as problem:
+            raise RowProblem(f"no {role}: {problem}.") from None
+        columns = " and ".join(repr(column) for column in text.columns)
+        if not rendered.strip():
+            raise RowProblem(
+                f"the {role} (column {columns}) is empty. Fill it in or remove the row."
+            )
+        if "\0" in rendered:
+            raise RowProblem(f"the {role} (column {columns}) holds a NUL character. Remove it.")
+        try:
+            rendered.encode()
+        except UnicodeEncodeError as error:
+            raise RowProblem(
+                f"the {role} (column {columns}) holds half of a surrogate pair "
+                f"(\\u{ord(rendered[error.start]):04x}), which is no character. Remove it."
+            ) from None
+        return canonical_text(rendered)
+
+    def extra_of(self, row: Mapping[str, Any]) -> str:
+        """JSON of the other columns, keys sorted; what JSON cannot say becomes null or text.
+
+        Raises:
+            RowProblem: they are nested too deeply.
+        """
+        used = {*self.prompt.columns, *self.response.columns}
+        others = {str(name): value for name, value in row.items() if name not in used}
+        if not others:
+            return "{}"
+        try:
+            text = _dumped(others)
+        except ValueError:
+            text = _dumped(_without_nan(others))
+        except RecursionError:
+            raise RowProblem(f"{TOO_DEEP}. Flatten or remove it.") from None
+        return text.encode(errors="replace").decode()
+
+
+def column_map(columns: Collection[str], source: SourceSpec, place: str) -> ColumnMap:
+    """What the source asks for, or what its columns are recognised as.
+
+    Args:
+        columns: of the file's first row.
+        place: of that row, for the error.
+
+    Raises:
+        DataError: a column that was asked for is not there, or none is recognised.
+    """
+    prompt = _asked_for("prompt", source.prompt, columns, source, place)
+    response = _asked_for("response", source.response, columns, source, place)
+    if prompt is not None and response is not None:
+        return ColumnMap(prompt, response)
+    found = {name.lower(): name for name in reversed(list(columns))}
+    for known_prompt, known_response in KNOWN_PAIRS:
+        if prompt is None and known_prompt not in found:
+            continue
+        if response is None and known_response not in found:
+            continue
+        return ColumnMap(
+            prompt or _recognised_prompt(found, known_prompt),
+            response or Column(found[known_response]),
+        )
+    raise DataError(
+        f"{place}: no columns are recognised as prompt and response. "
+        f"Columns found: {listed(columns)}. Name them in the settings with `prompt:` "
+        f"and `response:` of source {source.name!r}; each is a column's name or a template such as "
+        '"{title}\\n\\n{body}".'
+    )
+
+
+def _recognised_prompt(found: Mapping[str, str], known: str) -> Text:
+    if known == "instruction":
+        return InstructionWithInput(found[known], found.get("input", "input"))
+    return Column(found[known])
+
+
+def _asked_for(
+    role: str, asked: str | None, columns: Collection[str], source: SourceSpec, place: str
+) -> Text | None:
+    if asked is None:
+        return None
+    text = _parsed(role, asked, source) if "{" in asked and asked not in columns else Column(asked)
+    for column in text.columns:
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
+            raise DataError(
+                f"{place}: there is no column {column!r}, which `{role}:` of source "
+                f"{source.name!r} names. Columns found: {listed(columns)}."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+            )
+    return text
+
+
+def _parsed(role: str, template: str, source: SourceSpec) -> Template:
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise DataError(
+            f"`{role}:` of source {source.name!r} is not a template: {error} in {template!r}. "
+            "Write a column as {name}, and a brace itself as {{ or }}."
+        ) from None
+    for _, column, format_spec, conversion in pieces:
+        if column is not None and (not column or format_spec or conversion):
+            raise DataError(
+                f"`{role}:` of source {source.name!r}: {template!r} may hold names of columns in "
+                "braces and nothing else in them, such as {instruction}."
+            )
+    return Template(tuple((literal, column) for literal, column, _, _ in pieces))
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        raise RowProblem(
+            f"there is no column {column!r} (found: {listed(row)}); fill it in or remove the row"
+        )
+    return row[column]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _dumped(columns: Mapping[str, Any]) -> str:
+    return json.dumps(
+        columns, ensure_ascii=False, sort_keys=True, allow_nan=False, default=_in_words
+    )
+
+
+def _in_words(value: Any) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return value

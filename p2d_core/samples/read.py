@@ -1,0 +1,115 @@
+"""Reads a source into samples, one at a time."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from p2d_core.errors import DataError
+from p2d_core.samples.columns import ColumnMap, RowProblem, column_map
+from p2d_core.samples.formats import rows_of
+from p2d_core.samples.hub import hub_rows
+from p2d_core.samples.rows import BrokenRow, Row
+from p2d_core.samples.schema import Sample, sample_id_of
+from p2d_core.samples.source import DataFile, SourceSpec, content_hash, files_of
+
+__all__ = ["BadRow", "SourceSpec", "content_hash", "read_samples"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is no sample; ``row`` is its position in the source, from 0."""
+
+    source: str
+    row: int
+    place: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+def read_samples(
+    source: SourceSpec, *, on_bad_row: Callable[[BadRow], None] | None = None
+) -> Iterator[Sample]:
+    """The samples of a source in order, streamed.
+
+    Texts are kept as they are, but for CRLF, leading blank lines and white space at the end
+    (`columns.canonical_text`). Rows that were set aside by ``skip`` keep their numbers, and count.
+
+    Args:
+        on_bad_row: is told of a row that is no sample, which is then left out; without it the
+            first such row is an error. What makes a whole file unreadable always is.
+
+    Raises:
+        DataError: a file or a row cannot be read as samples; names file and line or row, from 1.
+    """
+    if source.is_on_hub:
+        return _samples(source, [hub_rows(source)], on_bad_row)
+    files = files_of(source)  # here, so that a missing file is known before the first sample
+    return _samples(source, (_rows_of_file(file) for file in files), on_bad_row)
+
+
+def _rows_of_file(file: DataFile) -> Iterator[Row | BrokenRow]:
+    empty = True
+    for row in rows_of(file):
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{file.path}: the file has no rows. Give a file with samples in it.")
+
+
+def _samples(
+    source: SourceSpec,
+    files: Iterable[Iterator[Row | BrokenRow]],
+    on_bad_row: Callable[[BadRow], None] | None,
+) -> Iterator[Sample]:
+    stop = None if source.limit is None else source.skip + source.limit
+    n_rows = 0
+    for number, (mapping, row) in enumerate(islice(_mapped(source, files), stop)):
+        n_rows = number + 1
+        if number < source.skip:
+            continue
+        if isinstance(row, BrokenRow):
+            problem = row.problem
+        else:
+            assert mapping is not None
+            try:
+                prompt, response = mapping.texts_of(row.columns)
+                extra = mapping.extra_of(row.columns)
+            except RowProblem as error:
+                problem = str(error)
+            else:
+                yield Sample(
+                    sample_id=sample_id_of(prompt, response),
+                    source=source.name,
+                    prompt=prompt,
+                    response=response,
+                    row=number,
+                    extra=extra,
+                )
+                continue
+        bad = BadRow(source.name, number, row.place, problem)
+        if on_bad_row is None:
+            raise DataError(str(bad))
+        on_bad_row(bad)
+    if n_rows <= source.skip:
+        raise DataError(
+            f"source {source.name!r}: skip is {source.skip}, but {source.path} has {n_rows} rows. "
+            "Set a smaller `skip:`."
+        )
+
+
+def _mapped(
+    source: SourceSpec, files: Iterable[Iterator[Row | BrokenRow]]
+) -> Iterator[tuple[ColumnMap | None, Row | BrokenRow]]:
+    """Every row with its file's column map, which the file's first readable row decides."""
+    for rows in files:
+        mapping: ColumnMap | None = None
+        for row in rows:
+            if mapping is None and isinstance(row, Row):
+                mapping = column_map(list(row.columns), source, row.place)
+                log.debug("%s: %s", row.place, mapping)
+            yield mapping, row

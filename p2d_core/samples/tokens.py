@@ -1,0 +1,201 @@
+"""Samples as token ids, and token ids as padded batches of about equal cost."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from p2d_core.errors import DataError, SettingsError
+from p2d_core.samples.schema import Sample
+
+IGNORED_LABEL = -100
+"""What the loss leaves out."""
+
+_TOKENIZED_AT_ONCE = 1024
+
+_Role = Literal["prompt", "response"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """How a sample becomes one text: prompt, separator, response, end of sequence.
+
+    Raises:
+        SettingsError: ``max_tokens`` leaves no room for a prompt and a response.
+    """
+
+    separator: str = "\n"
+    max_tokens: int = 1024
+    """Of prompt and response together, special tokens included."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 4:
+            raise SettingsError(
+                f"max_tokens is {self.max_tokens}; a sample needs at least 4: "
+                "beginning, prompt, response, end."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """Token ids of prompt and response; the first ``n_prompt`` are the prompt, at least 1."""
+
+    sample_id: str
+    input_ids: list[int]
+    n_prompt: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def n_response(self) -> int:
+        """Response tokens, the end of sequence included; at least 1."""
+        return len(self.input_ids) - self.n_prompt
+
+
+class Encoder:
+    """Turns samples into token ids.
+
+    The prompt with its separator and the response are tokenised apart, so that the prompt's ids
+    are the same whether a response follows or not. The tokenizer's beginning of sequence stands
+    first if it has one; its end of sequence (or padding, if it has no end) stands last. What is
+    too long loses the beginning of its prompt; a response that is too long with a single prompt
+    token loses its end, and then has no end of sequence. Special tokens that a text names
+    count as these tokens, so that a template can write the turns of a chat.
+
+    Raises:
+        DataError: the tokenizer has neither end of sequence nor padding, or a text has no tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, fmt: TextFormat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.format = fmt or TextFormat()
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        if end is None and pad is None:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has neither "
+                "an end-of-sequence nor a padding token. Set `eos_token` in its "
+                "tokenizer_config.json."
+            )
+        self.end_id: int = pad if end is None else end
+        self.pad_id: int = end if pad is None else pad
+        self._start: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Token ids of one sample."""
+        return next(self.encode_all([sample]))
+
+    def encode_all(self, samples: Iterable[Sample]) -> Iterator[EncodedSample]:
+        """Token ids of many samples, in order; tokenised in batches, streamed."""
+        pending: list[Sample] = []
+        for sample in samples:
+            pending.append(sample)
+            if len(pending) == _TOKENIZED_AT_ONCE:
+                yield from self._encode_batch(pending)
+                pending = []
+        if pending:
+            yield from self._encode_batch(pending)
+
+    def prompt_ids(self, sample: Sample, *, room: int = 0) -> list[int]:
+        """Token ids of the prompt, to generate from.
+
+        Args:
+            room: tokens of ``max_tokens`` that are left for what is generated.
+        """
+        (ids,) = self._tokenized("prompt", [sample])
+        return self._prompt(ids, self.format.max_tokens - room)
+
+    def _encode_batch(self, samples: Sequence[Sample]) -> Iterator[EncodedSample]:
+        prompts = self._tokenized("prompt", samples)
+        responses = self._tokenized("response", samples)
+        for sample, prompt, response in zip(samples, prompts, responses, strict=True):
+            response = [*response, self.end_id]
+            prompt = self._prompt(prompt, self.format.max_tokens - len(response))
+            response = response[: self.format.max_tokens - len(prompt)]
+            yield EncodedSample(sample.sample_id, prompt + response, len(prompt))
+
+    def _prompt(self, ids: list[int], most: int) -> list[int]:
+        kept = max(1, most - len(self._start))
+        return self._start + ids[-kept:]
+
+    def _tokenized(self, role: _Role, samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [
+            sample.prompt + self.format.separator if role == "prompt" else sample.response
+            for sample in samples
+        ]
+        try:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except Exception as error:
+            # tokenizers without an unknown token raise a bare Exception that names no text
+            if len(samples) > 1:
+                return [self._tokenized(role, [sample])[0] for sample in samples]
+            raise _not_tokenized(role, samples[0], f"cannot be said ({error}) by") from error
+        batch: list[list[int]] = encoded["input_ids"]
+        for sample, ids in zip(samples, batch, strict=True):
+            if not ids:
+                raise _not_tokenized(role, sample, "has no tokens in")
+        return batch
+
+
+def _not_tokenized(role: _Role, sample: Sample, what: str) -> DataError:
+    text = sample.prompt if role == "prompt" else sample.response
+    return DataError(
+        f"row {sample.row + 1} of source {sample.source!r}: the {role} {text[:40]!r} {what} this "
+        "model's tokenizer. Remove the row, or use a model that knows its words."
+    )
+
+
+def batches_by_tokens(
+    encoded: Sequence[EncodedSample], token_budget: int = 8192, window: int = 2048
+) -> Iterator[list[int]]:
+    """Indices of samples of like length; a padded batch has at most ``token_budget`` tokens.
+
+    Samples are sorted by length inside windows of ``window`` samples, the longest first: what does
+    not fit into memory shows at once. A sample longer than the budget is a batch of its own.
+    """
+    for start in range(0, len(encoded), window):
+        indices = range(start, min(start + window, len(encoded)))
+        batch: list[int] = []
+        longest = 0
+        for index in sorted(indices, key=lambda each: (-len(encoded[each]), each)):
+            if batch and (len(batch) + 1) * longest > token_budget:
+                yield batch
+                batch = []
+            if not batch:
+                longest = len(encoded[index])
+            batch.append(index)
+        if batch:
+            yield batch
+
+
+def collate(
+    encoded: Sequence[EncodedSample], pad_id: int, side: Literal["right", "left"] = "right"
+) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask``, ``labels``: int64, shape ``[samples, longest]``.
+
+    Labels are `IGNORED_LABEL` on the prompt and on padding.
+    """
+    longest = max(len(each) for each in encoded)
+    shape = (len(encoded), longest)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED_LABEL, dtype=torch.long)
+    for row, each in enumerate(encoded):
+        start = longest - len(each) if side == "left" else 0
+        end = start + len(each)
+        ids = torch.tensor(each.input_ids, dtype=torch.long)
+        input_ids[row, start:end] = ids
+        attention_mask[row, start:end] = 1
+        labels[row, start + each.n_prompt : end] = ids[each.n_prompt :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

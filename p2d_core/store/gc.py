@@ -1,0 +1,139 @@
+"""What of a store nobody needs any more: leftovers, and artifacts of runs long past."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2d_core.errors import ArtifactError
+from p2d_core.store.manifest import MANIFEST
+from p2d_core.store.store import ArtifactRef, Store, lineage_among
+
+UNENDED = 24 * 3600.0
+"""Seconds for which the artifacts of a run without a summary count as needed."""
+ABANDONED = 7 * 24 * 3600.0
+"""Seconds after which the checkpoints of a killed stage count as given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """One folder or file to remove, why, and what that frees."""
+
+    path: Path
+    why: str
+    bytes: int
+
+
+def run_files(store: Store) -> list[Path]:
+    """Summaries of runs, newest first."""
+    files = (store.root / "runs").glob("*.json")
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+
+
+def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
+    """What `remove` may take away; nothing is touched here.
+
+    Kept is every artifact that one of the newest ``keep_runs`` runs made, or names with all that it
+    was made from, and what a run that has not ended made within the last day. In a store without
+    any run's summary no whole artifact is removed: nothing says what is needed.
+
+    Raises:
+        ArtifactError: the summary of a run to be kept cannot be read.
+    """
+    removals = [
+        Removal(folder, "left over: damaged, or its maker was killed", bytes_of(folder))
+        for folder in store.leftovers()
+        if not store.in_use(folder.parent.name, folder.name.split(".")[0])
+    ]
+    removals += [
+        Removal(folder, "checkpoints that nothing goes on from", bytes_of(folder))
+        for folder in _stale_scratch(store)
+    ]
+    runs = run_files(store)
+    if not runs:
+        return removals
+    refs = {ref.key: ref for ref in store.refs()}
+    damaged = [ref for ref in refs.values() if not _readable(ref)]
+    for ref in damaged:
+        del refs[ref.key]
+        removals.append(Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)))
+    needed = _needed(refs, runs[:keep_runs])
+    kept = {file.stem for file in runs[:keep_runs]}
+    ended = {file.stem for file in runs}
+
+    def is_needed(ref: ArtifactRef) -> bool:
+        maker = ref.manifest.run_id
+        unended = maker not in ended and _age(ref.path) < UNENDED
+        return ref.key in needed or maker in kept or unended
+
+    return removals + [
+        Removal(ref.path, f"no part of the newest {keep_runs} runs", bytes_of(ref.path))
+        for ref in refs.values()
+        if not is_needed(ref)
+    ]
+
+
+def remove(removals: Iterable[Removal]) -> Iterator[Removal]:
+    """Removes one after the other and gives back each that is gone."""
+    for removal in removals:
+        if removal.path.is_dir():
+            # without its manifest it is no artifact, even when a kill leaves the rest
+            (removal.path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(removal.path, ignore_errors=True)
+        else:
+            removal.path.unlink(missing_ok=True)
+        if not removal.path.exists():
+            yield removal
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files below a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+
+
+def _needed(refs: Mapping[str, ArtifactRef], runs: Iterable[Path]) -> set[str]:
+    needed: set[str] = set()
+    for file in runs:
+        for key in _keys_named(file):
+            if key in refs and key not in needed:
+                needed.update(ref.key for ref in lineage_among(refs, refs[key]))
+    return needed
+
+
+def _keys_named(file: Path) -> list[str]:
+    try:
+        artifacts: Any = json.loads(file.read_text(encoding="utf-8"))["artifacts"]
+        return [Path(folder).name for folder in artifacts.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{file} is not the summary of a run ({error!r}), so what it needs is not known and "
+            "nothing was removed. Delete that file if you do not need the run, and try again."
+        ) from error
+
+
+def _readable(ref: ArtifactRef) -> bool:
+    try:
+        return ref.manifest.key == ref.key
+    except ArtifactError:
+        return False
+
+
+def _stale_scratch(store: Store) -> Iterator[Path]:
+    scratch = store.root / ".scratch"
+    if not scratch.is_dir():
+        return
+    for folder in sorted(scratch.iterdir()):
+        stage, _, key = folder.name.rpartition("-")
+        finished = (store.path(stage, key) / MANIFEST).exists()
+        if not store.in_use(stage, key) and (finished or _age(folder) > ABANDONED):
+            yield folder
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something was last put into it."""
+    return time.time() - folder.stat().st_mtime
