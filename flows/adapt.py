@@ -10,7 +10,6 @@ from pathlib import Path
 
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
-from tasks.record import record
 
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.ledger import Ledger
@@ -26,6 +25,7 @@ from tasks.measurements import measure, n_steps, scorer_step
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
+from tasks.record import record
 from tasks.samples import assemble, read_source, shards_of, split_target
 from tasks.scores import score
 from tasks.stage import Plugin, Runtime
@@ -95,6 +95,8 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     subset = choose(run, data, scores)
     models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
     models |= other_arms(run, data, heads, scores)
+    if head_proxy := run.ledger.last("head_proxy"):
+        models["proxy"] = head_proxy
     reference = cost_of_full(run, data, models.get("full"))
     evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
 

@@ -21,6 +21,7 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "p2d_core,tasks",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "DO_NOT_TRACK": 1,
         "HF_HUB_DISABLE_TELEMETRY": 1,
         "MLFLOW_DISABLE_TELEMETRY": "true",

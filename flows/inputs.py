@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.settings import RunSettings, SourceSettings
 from p2d_core.adaptation.adaptations import adaptations
-from p2d_core.adaptation.training import TrainingSpec
+from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers
 from p2d_core.evaluation.evaluate import EvaluationSpec
 from p2d_core.heads.ranking import rankers

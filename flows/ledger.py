@@ -45,6 +45,11 @@ class Ledger:
         yield refs
         self.entries.append(_Entry(name, time.perf_counter() - start, refs))
 
+    def last(self, stage: str) -> ArtifactRef | None:
+        """What a stage made or found last in this run."""
+        made = [ref for entry in self.entries if entry.stage == stage for ref in entry.refs]
+        return made[-1] if made else None
+
     def _costs(self, entry: _Entry) -> tuple[float, float, bool]:
         """Cold seconds, seconds of this run, and whether all of it was reused.
 

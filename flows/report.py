@@ -43,9 +43,12 @@ def make_summary(
     lines = ledger.lines()
     cold, now = ledger.aer(reference)
     facts = model.manifest.facts
-    kept = {f"model_{arm}": ref for arm, ref in models.items() if arm != "p2d" and ref is not None}
+    kept = {f"model_{arm}": models[arm] for arm in ("random", "full") if models.get(arm)}
     last = {entry.stage: entry.refs[-1] for entry in ledger.entries if entry.refs}
+    last.pop("evaluation")
     named = last | {"heads": heads, "subset": subset, "model": model} | kept
+    for arm, measured in evaluations.items():
+        named |= {f"evaluation_{arm}_{on}": ref for on, ref in measured.items()}
     return Summary(
         run_id=ledger.run_id,
         name=settings.name,
@@ -126,6 +129,7 @@ def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) 
         p2d=by_arm["p2d"],
         full=by_arm.get("full"),
         random=by_arm.get("random"),
+        proxy=by_arm.get("proxy"),
         retention={
             arm: metrics(arm, "retention")[metric]
             for arm, measured in evaluations.items()

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from p2d_core.adaptation.adaptations import adaptations, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
-from p2d_core.adaptation.training import TrainingSpec, train, write_curve
+from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.attention.layout import attention_layers, projection_weights
 from p2d_core.models import load_model
@@ -38,6 +38,9 @@ def fine_tune(
     arm: str,
 ) -> None:
     """Trains on a subset (or a whole corpus); keeps what moved and the loss curve."""
+    # seconds to import, and a run that reuses everything does without
+    from p2d_core.adaptation.training import train, write_curve
+
     captured = base.captured(runtime)
     model = load_model(captured.folder, base.precision, captured.device)
     layers = attention_layers(model)

@@ -6,10 +6,10 @@ import json
 
 import torch
 
-from p2d_core.adaptation.adaptations import Attention, attention_slices
+from p2d_core.adaptation.adaptations import SLICES, Attention, attention_slices
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.slices import TunedSlices
-from p2d_core.adaptation.training import TrainingSpec, train, write_curve
+from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.attention.layout import attention_layers
 from p2d_core.heads.head_map import read_head_map
 from p2d_core.models import CapturedModel, load_model
@@ -18,8 +18,6 @@ from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Runtime, stage
-
-SLICES = "slices.safetensors"
 
 
 @stage("proxy")
@@ -70,6 +68,9 @@ def _tune(
     training: TrainingSpec,
     name: str,
 ) -> None:
+    # seconds to import, and a run that reuses everything does without
+    from p2d_core.adaptation.training import train, write_curve
+
     encoded = captured.encode(target_part(target, "proxy"))
     held_out = captured.encode(target_part(target, "held_out"))
     before = _mean_loss(captured, model, held_out)

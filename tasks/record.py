@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ARMS = ("base", "p2d", "random", "full")
+ARMS = ("base", "p2d", "proxy", "random", "full")
 LONGEST_PARAM = 6000
 CURVE_POINTS = 1000
 

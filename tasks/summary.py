@@ -60,6 +60,8 @@ class QualitySummary(BaseModel):
     p2d: float
     full: float | None = None
     random: float | None = None
+    proxy: float | None = None
+    """The same heads tuned on the proxy set alone: what the corpus adds is p2d less this."""
     retention: dict[str, float] = {}
     """Same metric on the retention samples, by arm."""
     losses: dict[str, float] = {}

@@ -16,6 +16,7 @@ WIDEST = 100
 ARM_NAMES = {
     "base": "base model",
     "p2d": "P2D",
+    "proxy": "proxy set alone",
     "random": "random subset",
     "full": "full fine-tuning",
 }
@@ -49,6 +50,7 @@ def verdict(quality: QualitySummary) -> list[tuple[str, str]]:
     sentences += [
         _against(quality, arm, text)
         for arm, text in (
+            ("proxy", "the same heads tuned on the proxy set alone, without the corpus"),
             ("random", "a random subset of the same size with the same heads"),
             ("full", "full fine-tuning on the whole corpus"),
         )
@@ -157,6 +159,7 @@ def _quality(summary: Summary, console: Console) -> None:
     trained_on = {
         "base": "nothing",
         "p2d": f"task heads, {share} of the corpus",
+        "proxy": "same heads, none of the corpus",
         "random": f"same heads, {share} of the corpus",
         "full": "all parameters, whole corpus",
     }

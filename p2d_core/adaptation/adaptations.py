@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from p2d_core.heads.head_map import HeadMap
 from p2d_core.registry import Registry
 
 ADAPTER = "adapter"
+SLICES = "slices.safetensors"
 WEIGHTS = "weights.safetensors"
 
 
@@ -132,7 +134,9 @@ class Lora:
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM"
         )
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            wrapped = get_peft_model(model, config)
         wrapped.peft_config["default"].base_model_name_or_path = base
 
         def keep(folder: Path) -> None:
@@ -143,11 +147,17 @@ class Lora:
 
 
 def adapted(model: Any, folder: Path) -> Any:
-    """The base with what a `model` artifact keeps; the base itself is changed."""
+    """The base with what a `model`, `proxy` or `head_proxy` artifact keeps; it is changed."""
+    if (folder / SLICES).exists():
+        TunedSlices.load(folder / SLICES).apply_(model)
+        return model.eval()
     if (folder / ADAPTER).is_dir():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(folder / ADAPTER)).eval()
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a name that it is about to rename
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            return PeftModel.from_pretrained(model, str(folder / ADAPTER)).eval()
     kept = load_file(folder / WEIGHTS)
     unknown = model.load_state_dict(kept, strict=False).unexpected_keys
     if unknown:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from p2d_core.adaptation.training import TrainingSpec
+from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.errors import TrainingError
 from p2d_core.samples.tokens import EncodedSample, collate

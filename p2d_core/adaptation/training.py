@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
 from p2d_core.samples.tokens import EncodedSample, collate
 
@@ -26,21 +27,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSpec:
-    """How to train; the same fields serve proxy runs, arms and full fine-tuning."""
-
-    epochs: float
-    """Passes over the samples."""
-    learning_rate: float
-    """Peak of AdamW's learning rate."""
-    batch_size: int
-    """Samples in a step."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises; then it falls as a cosine to 0."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

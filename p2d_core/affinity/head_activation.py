@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,6 @@ from torch import Tensor
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
-from p2d_core.attention.layout import all_heads
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -32,9 +31,6 @@ class HeadActivation:
     Source: ours; P2D (arXiv 2605.21558) uses the task heads as a filter through attention.
     """
 
-    heads: Literal["task", "all"] = "task"
-    """Whose outputs: the task heads', or every head's (large: a vector of the model's width a
-    layer for each sample)."""
     neighbours: int = 5
     """How many proxy samples, the nearest ones, the similarity is averaged over."""
     shrinkage: float = 0.1
@@ -48,8 +44,7 @@ class HeadActivation:
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, n_heads, head_dim]."""
         assert heads is not None
-        looked_at = heads.task_heads if self.heads == "task" else all_heads(model.layers)
-        state = {"heads": torch.tensor(looked_at, dtype=torch.int64)}
+        state = {"heads": torch.tensor(heads.task_heads, dtype=torch.int64)}
         if target.proxy:
             state["proxy"] = self._outputs(model, state, target.proxy)
         return state

@@ -1,7 +1,7 @@
 """The default filter: of the domain by head activation, consistent by head-tuned loss."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.losses import HeadProxyLoss
@@ -25,8 +25,6 @@ class HeadFilter:
     """Quantile, in [0, 1], of the proxy samples' own affinities that a sample has to reach."""
     consistency_quantile: float = 0.1
     """Quantile, in [0, 1], of minus the held-out samples' losses that a sample has to reach."""
-    domain_heads: Literal["task", "all"] = "task"
-    """Whose outputs the domain is judged by; ``heads`` of head-activation."""
     neighbours: int = 5
     """As in head-activation."""
     shrinkage: float = 0.1
@@ -37,7 +35,7 @@ class HeadFilter:
     @property
     def steps(self) -> tuple[Step, ...]:
         """Domain, then consistency."""
-        activation = HeadActivation(self.domain_heads, self.neighbours, self.shrinkage)
+        activation = HeadActivation(neighbours=self.neighbours, shrinkage=self.shrinkage)
         return (
             Step("domain", activation, self.domain_quantile),
             Step("consistency", HeadProxyLoss(), self.consistency_quantile),

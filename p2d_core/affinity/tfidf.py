@@ -9,9 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import torch
-from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
@@ -65,6 +62,8 @@ class Tfidf:
             documents += counts.shape[0]
             containing += np.bincount(counts.indices, minlength=self.features)
         idf = np.log((1 + documents) / (1 + containing)) + 1
+        from scipy.sparse import csr_array
+
         arrays = (state["data"].numpy(), state["indices"].numpy(), state["indptr"].numpy())
         shape = (len(state["indptr"]) - 1, self.features)
         proxies = _weighted(csr_array(arrays, shape=shape), idf)
@@ -73,6 +72,9 @@ class Tfidf:
             yield pa.array(nearest_mean(torch.from_numpy(similarities), self.neighbours).numpy())
 
     def _counts(self, texts: list[str]) -> Any:
+        # a second to import, and most runs do without
+        from sklearn.feature_extraction.text import HashingVectorizer
+
         vectorizer = HashingVectorizer(
             n_features=self.features, alternate_sign=False, norm=None, token_pattern=r"(?u)\b\w+\b"
         )
@@ -85,4 +87,7 @@ def _texts(table: pa.Table) -> list[str]:
 
 
 def _weighted(counts: Any, idf: np.ndarray[Any, Any]) -> Any:
+    from scipy.sparse import csr_array
+    from sklearn.preprocessing import normalize
+
     return normalize(csr_array(counts.multiply(idf[None, :])))

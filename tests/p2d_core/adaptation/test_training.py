@@ -13,7 +13,8 @@ import torch
 
 from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
-from p2d_core.adaptation.training import TrainingSpec, train
+from p2d_core.adaptation.spec import TrainingSpec
+from p2d_core.adaptation.training import train
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import TrainingError
 from p2d_core.heads.head_map import HeadMap

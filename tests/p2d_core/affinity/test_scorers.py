@@ -140,12 +140,6 @@ def test_a_sample_that_is_a_proxy_is_nearest(model, heads):
     assert got[30] == pytest.approx(1, abs=1e-5)
 
 
-def test_all_heads_can_be_looked_at(model, heads):
-    scorer = HeadActivation(heads="all")
-    state = scorer.prepare(model, heads, Target((), ()))
-    assert len(state["heads"]) == 24
-
-
 def test_samples_all_alike_have_a_defined_affinity(model, heads):
     got = affinities("head-activation", model, heads, [samples(1) * 6])
     assert np.isfinite(got).all()
@@ -223,7 +217,7 @@ def test_an_unknown_scorer_lists_the_known_ones():
 
 
 def test_an_unknown_or_wrong_setting_of_a_scorer_is_refused():
-    with pytest.raises(SettingsError, match=r"has no setting neighbors. Known: heads, neighbours"):
+    with pytest.raises(SettingsError, match=r"has no setting neighbors. Known: neighbours"):
         scorers.make("head-activation", {"neighbors": 3})
     with pytest.raises(SettingsError, match="setting `neighbours` was 'many'"):
         scorers.make("head-activation", {"neighbours": "many"})

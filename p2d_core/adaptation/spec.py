@@ -1,0 +1,18 @@
+"""How to train: what proxy runs, arms and full fine-tuning are told alike."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec:
+    """How to train; the same fields serve proxy runs, arms and full fine-tuning."""
+
+    epochs: float
+    """Passes over the samples."""
+    learning_rate: float
+    """Peak of AdamW's learning rate."""
+    batch_size: int
+    """Samples in a step."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; then it falls as a cosine to 0."""
+    seed: int = 0
