@@ -154,6 +154,8 @@ def _spec(given: SourceSettings) -> SourceSpec:
         response=given.response,
         limit=given.limit,
         skip=given.skip,
-        split=given.split or "train",
+        format=given.format,
+        config=given.config,
+        split=given.split,
         revision=given.revision,
     )

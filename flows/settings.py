@@ -36,7 +36,11 @@ class SourceSettings(_Settings):
     """Read at most this many rows; all if empty."""
     skip: CountOrZero = 0
     """Rows left out at the front."""
-    split: str | None = None
+    format: Literal["csv", "json", "jsonl", "parquet", "tsv"] | None = None
+    """What the files are; by their extension if empty."""
+    config: str | None = None
+    """Configuration of a hub dataset, such as main."""
+    split: str = "train"
     """Split of a hub dataset."""
     revision: str | None = None
     """Commit of a hub dataset."""
