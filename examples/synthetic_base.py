@@ -6,7 +6,7 @@ A Llama with 4 layers x 8 query heads over 4 KV groups (32 query heads). It sees
 the world and never the target: the word ``ledger`` is in its vocabulary and in none of its
 training samples. Writes ``model.safetensors``, ``config.json``, the tokenizer,
 ``base.sha256`` (hash of the weights) and ``quality.json`` (exact match per skill). Takes about
-10 minutes on one core.
+10 minutes on one free core.
 
 A sequence is the ids of the prompt, the ids of the response and ``<eos>``; there is no start token.
 """
