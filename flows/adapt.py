@@ -21,7 +21,7 @@ from p2d_core.errors import HeadMapError
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
-from tasks.measurements import measure, n_steps, scorer_step
+from tasks.measurements import measure, measurer_of, n_steps, scorer_step
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
@@ -90,7 +90,8 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
 
     data = read_data(run)
-    heads = given_head_map(Store(Path(store)), head_map, inputs) or find_heads(run, data)
+    given = given_head_map(Store(Path(store)), head_map, inputs)
+    heads = reuse_heads(run, given) if given is not None else find_heads(run, data)
     scores = score_corpus(run, data, heads, inputs.scorer)
     subset = choose(run, data, scores)
     models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
@@ -129,7 +130,7 @@ def read_data(run: Run) -> Data:
             runtime,
             sources=[read_source(runtime, each) for each in inputs.corpus],
             target=target,
-            evaluation=evaluation,
+            kept_out=[ref for ref in (evaluation, retention) if ref is not None],
             include_target=settings.corpus.include_target,
         )
         made += [target, corpus]
@@ -141,6 +142,11 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
     if head_map is None:
         return None
     ref = store.resolve(head_map, stage="heads")
+    if store.find("heads", ref.key) is None:
+        raise HeadMapError(
+            f"head map {ref.key[:12]} is damaged and was set aside. "
+            "Leave --head-map out to rank anew."
+        )
     made_for = ref.manifest.inputs["base"]["sha256"]
     if made_for != inputs.base.sha256:
         raise HeadMapError(
@@ -148,6 +154,15 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
             f"{inputs.base.folder} ({inputs.base.sha256[:12]}). Leave --head-map out to rank anew."
         )
     return ref
+
+
+def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
+    """A given head map, with what it and its proxy run cost when they were made."""
+    for ref in reversed(Store(Path(run.runtime.store)).lineage(heads)):
+        if ref.stage in ("proxy", "heads"):
+            with run.ledger.stage(ref.stage) as found:
+                found.append(ref)
+    return heads
 
 
 def find_heads(run: Run, data: Data) -> ArtifactRef:
@@ -192,6 +207,7 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> Ar
         with run.ledger.stage("measurements") as made:
             futures = measure.map(
                 unmapped(run.runtime),
+                measurer=unmapped(measurer_of(one)),
                 shard=shards,
                 passing=passing,
                 target=unmapped(data.target if one.measures_target else None),
@@ -294,7 +310,7 @@ def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
             data.corpus,
             training=run.inputs.full_training,
             steps=run.settings.arms.calibration_steps,
-            machine=machine_name(),
+            machine=f"{machine_name()}, {run.runtime.device}, {run.runtime.threads} threads",
         )
         made.append(calibrated)
     return reference_in(calibrated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,17 @@ from flows.settings import RunSettings, SourceSettings
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers
-from p2d_core.evaluation.evaluate import EvaluationSpec
+from p2d_core.errors import DataError
+from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
 from p2d_core.heads.ranking import rankers
-from p2d_core.models import check_model_folder, pick_device
+from p2d_core.models import check_attention, check_model_folder, pick_device
 from p2d_core.samples.read import read_samples
+from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
 from p2d_core.samples.split import draw_target, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.selection.subset import SelectionSpec
+from tasks.progress import progress_of
 from tasks.stage import BaseModel, Plugin, Runtime, SourceInput
 
 READ_WHOLE_BYTES = 256 * 2**20
@@ -56,14 +60,18 @@ def check_inputs(settings: RunSettings) -> Inputs:
     """
     check_model_folder(Path(settings.base))
     pick_device(settings.device)
+    positions = check_attention(Path(settings.base))
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)
     scorer = scorers.make(settings.scoring.scorer, settings.scoring.options)
     options = dict(settings.training.options)
     if settings.training.adaptation == "heads":
         options.setdefault("include_kv", settings.heads.include_kv)
+    if settings.training.adaptation == "lora":
+        options.setdefault("seed", settings.seed)
     adaptation = adaptations.make(settings.training.adaptation, options)
-    _check_data(settings)
-    text = TextFormat(settings.format.separator, settings.format.max_tokens)
+    with progress_of("reading the input"):
+        _check_data(settings)
+    text = TextFormat(settings.format.separator, min(settings.format.max_tokens, positions))
     evaluation = settings.evaluation
     training = settings.training
 
@@ -73,8 +81,10 @@ def check_inputs(settings: RunSettings) -> Inputs:
     def trained(epochs: float, learning_rate: float, batch_size: int) -> TrainingSpec:
         return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
 
+    with progress_of("hashing the base model"):
+        base = BaseModel.of(Path(settings.base), settings.precision, text)
     return Inputs(
-        base=BaseModel.of(Path(settings.base), settings.precision, text),
+        base=base,
         target=source(settings.target),
         corpus=[source(each) for each in settings.corpus.sources],
         evaluation=source(evaluation.source) if evaluation.source else None,
@@ -124,15 +134,24 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
 def _check_data(settings: RunSettings) -> None:
     evaluation = settings.evaluation
     target = list(read_samples(_spec(settings.target)))
-    draw_target(
+    split = draw_target(
         target,
         n_proxy=settings.proxy.samples,
         n_held_out=settings.proxy.held_out,
         n_evaluation=0 if evaluation.source else evaluation.samples,
         seed=settings.seed,
     )
+    asked: Iterable[Sample] = split.evaluation
     if evaluation.source is not None:
-        refuse_overlap(target, read_samples(_spec(evaluation.source)))
+        asked = list(read_samples(_spec(evaluation.source)))
+        refuse_overlap(target, asked)
+    if evaluation.metric == "exact_match":
+        _check_answers(asked, evaluation.answer_pattern)
+    if not settings.corpus.sources and not (settings.corpus.include_target and split.rest):
+        raise DataError(
+            "the corpus has no samples: corpus.sources is empty, and none of the target's "
+            f"{len(target)} samples is left over for it. Add files to corpus.sources."
+        )
     others = [*settings.corpus.sources]
     if evaluation.retention is not None:
         others.append(evaluation.retention)
@@ -144,6 +163,16 @@ def _check_data(settings: RunSettings) -> None:
         for row, _ in enumerate(read_samples(spec)):
             if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:
                 break
+
+
+def _check_answers(samples: Iterable[Sample], pattern: str | None) -> None:
+    for sample in samples:
+        if answer_of(sample.response, pattern) is None:
+            raise DataError(
+                f"row {sample.row + 1} of source {sample.source!r}: its response has no match of "
+                f"evaluation.answer_pattern {pattern!r}, so no answer could be right. "
+                "Mend the pattern, or leave the row out."
+            )
 
 
 def _spec(given: SourceSettings) -> SourceSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from p2d_core.aer import AER, AER_STAGES, Reference
 from p2d_core.store import ArtifactRef
@@ -64,10 +64,19 @@ class Ledger:
             now = max(now, entry.seconds)
         return cold, now, not made
 
+    def _once(self) -> Iterator[_Entry]:
+        """The entries without artifacts that an earlier one has: asked for twice, paid for once."""
+        seen: set[str] = set()
+        for entry in self.entries:
+            new = [ref for ref in entry.refs if ref.key not in seen]
+            seen |= {ref.key for ref in new}
+            if new:
+                yield replace(entry, refs=new)
+
     def lines(self) -> list[StageLine]:
         """A line a stage, calls of the same name added up."""
         lines: dict[str, StageLine] = {}
-        for entry in self.entries:
+        for entry in self._once():
             cold, now, reused = self._costs(entry)
             line = lines.get(entry.stage)
             lines[entry.stage] = StageLine(
@@ -82,7 +91,7 @@ class Ledger:
         """Cold, and of this run. Arms that P2D is held against do not count."""
         cold = dict.fromkeys(AER_STAGES, 0.0)
         now = dict.fromkeys(AER_STAGES, 0.0)
-        for entry in self.entries:
+        for entry in self._once():
             term = TERM_OF_STAGE.get(entry.stage)
             if term is not None:
                 costs = self._costs(entry)

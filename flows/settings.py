@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from p2d_core.errors import SettingsError
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+def _pattern(text: str | None) -> str | None:
+    try:
+        re.compile(text or "")
+    except re.error as error:
+        raise ValueError(f"it is not a regular expression: {error}") from error
+    return text
 
 
 class _Settings(BaseModel):
@@ -75,7 +84,7 @@ class EvaluationSettings(_Settings):
     """Samples of what the base can do already, to see what is forgotten."""
     metric: Literal["loss", "exact_match"] = "loss"
     """loss: mean cross-entropy of the response's tokens; exact_match: greedy answer equals it."""
-    answer_pattern: str | None = None
+    answer_pattern: Annotated[str | None, AfterValidator(_pattern)] = None
     """Regular expression whose last match is compared by exact_match, such as "#### (.*)"."""
     max_new_tokens: Count | None = None
     """Longest generated answer; the longest reference answer plus a quarter if empty."""
@@ -238,7 +247,16 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
         settings = RunSettings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(_explain(error, file)) from error
-    return _anchored(settings, file.parent)
+    settings = _anchored(settings, file.parent)
+    names = [source.name for source in settings.corpus.sources]
+    if settings.corpus.include_target:
+        names.append(settings.target.name)
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(
+                f"{file}: two sources of the corpus are called {name!r}. Give each a `name:`."
+            )
+    return settings
 
 
 def _anchored(settings: RunSettings, folder: Path) -> RunSettings:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -140,7 +140,3 @@ class AER:
     def speedup(self) -> float:
         """1 / AER."""
         return 1 / self.ratio
-
-    def with_stages(self, **seconds: float) -> AER:
-        """The same reference with other seconds for some terms."""
-        return replace(self, stages={**self.stages, **seconds})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.attention.layout import AttentionLayer, attention_layers
 from p2d_core.errors import ModelError
+from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import (
     EncodedSample,
@@ -69,6 +71,27 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def check_attention(folder: Path) -> int:
+    """Whether heads can be found in the model, from its config alone; how many tokens it takes.
+
+    Raises:
+        UnsupportedModelError: single heads cannot be found in its attention.
+        ModelError: transformers cannot make a model of the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: transformers cannot make a model of it: {error}") from error
+    attention_layers(model)
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+
 def model_hash(folder: Path) -> str:
     """SHA-256 (hex) over config, weights and tokenizer: the same wherever the folder lies."""
     kept = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -86,6 +109,11 @@ def pick_device(name: str) -> torch.device:
         raise ModelError(
             f"device {name!r} cannot be used ({error}). Use `device: auto`."
         ) from error
+    if device.type == "cuda" and device.index:
+        raise ModelError(
+            f"device {name!r} cannot be used: training takes the first GPU that it sees. "
+            f"Set CUDA_VISIBLE_DEVICES={device.index} and `device: cuda`."
+        )
     return device
 
 
@@ -201,30 +229,3 @@ class CapturedModel:
         for positions, batch in self.batches(encoded):
             losses[positions] = response_losses(model, batch).cpu()
         return losses
-
-
-@torch.inference_mode()
-def response_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy (nats) of the response tokens of each row, float32, shape ``[batch]``.
-
-    Logits are made only from the first position that some row's loss needs: with a large
-    vocabulary they outweigh the rest of the pass.
-    """
-    labels = batch["labels"][:, 1:]
-    wanted = (labels != -100).any(dim=0).nonzero()
-    if not len(wanted):
-        return torch.zeros(len(labels))
-    first = int(wanted[0])
-    keep = torch.arange(first, labels.shape[1], device=labels.device)
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=keep,
-        use_cache=False,
-    ).logits
-    labels = labels[:, first:]
-    losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-    ).view_as(labels)
-    counts = (labels != -100).sum(dim=1).clamp(min=1)
-    return losses.sum(dim=1) / counts

@@ -42,6 +42,10 @@ class Registry(Generic[T]):
             )
         return self._entries[name]
 
+    def name_of(self, entry: T) -> str:
+        """The name that a plug-in is registered under."""
+        return next(name for name, known in self._entries.items() if known is entry)
+
     def make(self, name: str, options: Mapping[str, Any]) -> Any:
         """The plug-in of that name, a dataclass, with its settings checked.
 

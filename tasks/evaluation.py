@@ -27,8 +27,9 @@ def evaluate_model(
 ) -> None:
     """Metrics, and a row a sample; ``model`` None is the base itself."""
     captured = base.captured(runtime)
-    loaded = captured.model
-    if model is not None:
+    if model is None:
+        loaded = captured.model
+    else:
         loaded = adapted(load_model(captured.folder, base.precision, captured.device), model.path)
     is_split = "evaluation" in samples.manifest.facts
     chosen = target_part(samples, "evaluation") if is_split else list(all_samples(samples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow.parquet as pq
 
-from p2d_core.heads.head_map import HeadMap, read_head_map
+from p2d_core.heads.head_map import HEADS, HeadMap, read_head_map
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.store import ArtifactRef, Making
@@ -13,7 +13,6 @@ from tasks.proxy import slices_in
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Plugin, Runtime, stage
 
-HEADS = "heads.parquet"
 PICTURE = "heads.png"
 
 

@@ -22,11 +22,12 @@ from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, stage
 NO_TARGET = Target((), ())
 
 
-@stage("measurements", outside_key=("heads", "previous"))
+@stage("measurements", outside_key=("scorer", "step", "heads", "previous"))
 def measure(
     making: Making,
     runtime: Runtime,
     base: BaseModel,
+    measurer: Plugin,
     scorer: Plugin,
     step: int,
     shard: ShardRef,
@@ -39,9 +40,10 @@ def measure(
 ) -> None:
     """Measures the samples of a shard that passed the steps before.
 
-    Of the head map only the task heads are in the key, of the steps before only which samples of
-    this shard they let pass (``passing``), and the target only if the scorer measures it: another
-    target or another ranking that ends in the same heads measures nothing again.
+    In the key stands what measure() reads and no more: of the scorer ``measurer``, of the head map
+    the task heads, of the steps before which samples of this shard they let pass (``passing``),
+    the target only if the scorer measures it. Another target, or another ranking that ends in the
+    same heads, measures nothing again.
     """
     one = scorer_step(scorer, step).scorer
     model = model_for(base, runtime, head_proxy)
@@ -62,6 +64,12 @@ def scorer_step(scorer: Plugin, step: int) -> Step:
     return steps_of(scorers.make(scorer.name, scorer.options))[step]
 
 
+def measurer_of(scorer: Scorer) -> Plugin:
+    """What of a scorer its measurements depend on."""
+    read = tuple((name, getattr(scorer, name)) for name in scorer.measured_by)
+    return Plugin(scorers.name_of(type(scorer)), scorer.version, read)
+
+
 def n_steps(scorer: Plugin) -> int:
     """How many steps a scorer has."""
     return len(steps_of(scorers.make(scorer.name, scorer.options)))
@@ -73,7 +81,8 @@ def model_for(base: BaseModel, runtime: Runtime, head_proxy: ArtifactRef | None)
     if head_proxy is None:
         return model
     tuned = replace(model, tuned=slices_in(head_proxy))
-    # what has been loaded already serves both
+    # the weights are loaded once and serve both
+    _ = model.model
     tuned.__dict__.update({k: v for k, v in model.__dict__.items() if k != "tuned"})
     return tuned
 
@@ -86,8 +95,3 @@ def head_map_of(heads: ArtifactRef | None) -> HeadMap | None:
 def target_of(ref: ArtifactRef) -> Target:
     """What scorers may know of the target."""
     return Target(target_part(ref, "proxy"), target_part(ref, "held_out"))
-
-
-def needs(scorer: Scorer, what: str) -> bool:
-    """Whether a scorer needs ``heads``, ``head_proxy`` or ``target`` while it measures."""
-    return bool(getattr(scorer, {"target": "measures_target"}.get(what, f"needs_{what}")))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from dataclasses import asdict
-from itertools import islice
 
 import pyarrow.parquet as pq
 
 from p2d_core.adaptation.adaptations import adaptations, n_trainable
-from p2d_core.adaptation.calibration import calibrate_full
+from p2d_core.adaptation.calibration import UNTIMED_STEPS, calibrate_full
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.attention.layout import attention_layers, projection_weights
@@ -42,15 +42,16 @@ def fine_tune(
     from p2d_core.adaptation.training import train, write_curve
 
     captured = base.captured(runtime)
-    model = load_model(captured.folder, base.precision, captured.device)
+    plugin = adaptations.make(adaptation.name, adaptation.options)
+    precision = "float32" if plugin.moves_weights else base.precision
+    model = load_model(captured.folder, precision, captured.device)
     layers = attention_layers(model)
     in_model = sum(parameter.numel() for parameter in model.parameters())
     in_attention = sum(
         w.numel() for layer in layers for w in projection_weights(model, layer).values()
     )
-    plugin = adaptations.make(adaptation.name, adaptation.options)
     head_map = head_map_in(heads) if heads is not None else None
-    attached = plugin.attach(model, layers, head_map, captured.folder.name)
+    attached = plugin.attach(model, layers, head_map, base.folder)
     trainable = n_trainable(attached.model)
     encoded = captured.encode(samples_in(samples))
     with progress_of(f"model ({arm})") as progress:
@@ -61,8 +62,10 @@ def fine_tune(
             pad_id=captured.pad_id,
             scratch=making.scratch,
             checkpoint_seconds=runtime.checkpoint_seconds,
+            mixed_precision=base.precision == "bfloat16",
             progress=progress,
         )
+    making.seconds_before = result.seconds_before
     attached.keep(making.folder)
     write_curve(result.curve, making.folder)
     making.samples, making.tokens = len(encoded), result.tokens
@@ -90,9 +93,10 @@ def calibrate(
     ``machine`` is in the key: the same corpus takes another time on another machine.
     """
     captured = base.captured(runtime)
-    model = load_model(captured.folder, base.precision, captured.device)
-    wanted = training.batch_size * (steps + 3)
-    drawn = sorted(islice(all_samples(corpus), 50 * wanted), key=lambda s: s.sample_id)[:wanted]
+    model = load_model(captured.folder, "float32", captured.device)
+    wanted = training.batch_size * (steps + UNTIMED_STEPS)
+    # the smallest ids are a draw: they are hashes
+    drawn = heapq.nsmallest(wanted, all_samples(corpus), key=lambda sample: sample.sample_id)
     encoded = captured.encode(drawn)
     reference = calibrate_full(
         model,
@@ -101,6 +105,7 @@ def calibrate(
         pad_id=captured.pad_id,
         n_corpus=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]),
         steps=steps,
+        mixed_precision=base.precision == "bfloat16",
     )
     text = json.dumps(asdict(reference), indent=2) + "\n"
     (making.folder / REFERENCE).write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.attention.layout import attention_layers
-from p2d_core.heads.head_map import read_head_map
+from p2d_core.heads.head_map import HEADS, read_head_map
 from p2d_core.models import CapturedModel, load_model
 from p2d_core.samples.tokens import EncodedSample
 from p2d_core.store import ArtifactRef, Making
@@ -26,7 +26,7 @@ def proxy_run(
 ) -> None:
     """Keeps the tuned attention slices, not a second whole model, and the loss curve."""
     captured = base.captured(runtime)
-    model = load_model(captured.folder, base.precision, captured.device)
+    model = load_model(captured.folder, "float32", captured.device)
     layers = attention_layers(model)
     Attention().attach(model, layers, None, base.folder)
     _tune(making, runtime, captured, model, target, training, "proxy")
@@ -46,7 +46,7 @@ def head_proxy_run(
     """The task heads' slices alone, tuned on the proxy set, for scorers that look through them."""
     captured = base.captured(runtime)
     model = load_model(captured.folder, base.precision, captured.device)
-    head_map = read_head_map(heads.path / "heads.parquet")
+    head_map = read_head_map(heads.path / HEADS)
     deltas = attach_head_deltas(
         model, attention_layers(model), head_map.task_heads, include_kv=include_kv
     )
@@ -82,10 +82,14 @@ def _tune(
             pad_id=captured.pad_id,
             scratch=making.scratch,
             checkpoint_seconds=runtime.checkpoint_seconds,
+            mixed_precision=captured.precision == "bfloat16",
             progress=progress,
         )
+    making.seconds_before = result.seconds_before
     after = _mean_loss(captured, model, held_out)
-    write_curve(result.curve, making.folder)
+    result.curve[-1]["eval_loss"] = after
+    start = {"step": 0.0, "epoch": 0.0, "eval_loss": before}
+    write_curve([start, *result.curve], making.folder)
     facts = {"held_out_loss_before": before, "held_out_loss_after": after, "steps": result.steps}
     (making.folder / "held_out.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     making.facts |= facts

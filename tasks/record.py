@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -42,6 +43,11 @@ CURVE_POINTS = 1000
 def mlflow_uri(store: Path) -> str:
     """Where runs are recorded when no server is named."""
     return f"sqlite:///{store.resolve() / 'mlflow' / 'mlflow.db'}"
+
+
+def shown_uri(uri: str) -> str:
+    """A server's address without the name and password that may stand in it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 
 def prepare_tracking(store: Path) -> None:
@@ -128,11 +134,12 @@ def record_run(
         except (MlflowException, SQLAlchemyError, OSError) as error:
             may_pass = isinstance(error, OSError | OperationalError)
             raise (TransientError if may_pass else P2DError)(
-                f"the run is done and its artifacts are kept, but MLflow at {uri} did not take its "
-                f"record: {error}. When it can be reached (tracking.uri), the same command records "
-                "it without computing anything again."
+                "the run is done and its artifacts are kept, but MLflow at "
+                f"{shown_uri(uri)} did not take its record: {shown_uri(str(error))}. When it can "
+                "be reached (tracking.uri), the same command records it without computing "
+                "anything again."
             ) from error
-    return {"tracking_uri": uri, "experiment": experiment, "run_id": run_id}
+    return {"tracking_uri": shown_uri(uri), "experiment": experiment, "run_id": run_id}
 
 
 @task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
@@ -141,10 +148,11 @@ def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary
     runs = Path(store) / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     tracking = settings["tracking"]
+    public = {**tracking, "uri": shown_uri(tracking["uri"] or "")}
     try:
         summary.mlflow = record_run(
             summary,
-            settings,
+            {**settings, "tracking": public},
             store=Path(store),
             experiment=tracking["experiment"],
             uri=tracking["uri"],
@@ -355,7 +363,8 @@ def _draw(
     if curves:
         with _picture(folder / "loss.png", height=4) as axes:
             for name, curve in curves.items():
-                axes.plot([p["step"] for p in curve], [p["loss"] for p in curve], label=name)
+                points = [point for point in curve if "loss" in point]
+                axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=name)
             axes.set_xlabel("step")
             axes.set_ylabel("loss of the response's tokens")
             axes.legend(frameon=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from p2d_core.errors import DataError
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard, write_shards
@@ -58,22 +59,30 @@ def assemble(
     runtime: Runtime,
     sources: list[ArtifactRef],
     target: ArtifactRef,
-    evaluation: ArtifactRef | None,
+    kept_out: list[ArtifactRef],
     include_target: bool,
 ) -> None:
-    """The corpus: every sample once, none of the proxy, held-out and evaluation sets."""
+    """The corpus: every sample once, none of what quality is measured or gauged on.
+
+    ``kept_out`` are the evaluation and retention samples that have sources of their own.
+    """
     excluded = {
         sample.sample_id
         for part in ("proxy", "held_out", "evaluation")
         for sample in target_part(target, part)
     }
-    if evaluation is not None:
-        excluded |= {sample.sample_id for sample in all_samples(evaluation)}
+    for ref in kept_out:
+        excluded |= {sample.sample_id for sample in all_samples(ref)}
     pools: list[Iterable[Sample]] = [all_samples(source) for source in sources]
     if include_target:
         pools.append(target_part(target, "rest"))
     counts = CorpusCounts()
     shards = write_shards(assemble_corpus(pools, excluded, counts), making.folder)
+    if not counts.total:
+        raise DataError(
+            f"the corpus has no samples: {counts.excluded} were left out because they belong to "
+            "the proxy, held-out, evaluation or retention samples. Add files to corpus.sources."
+        )
     making.samples = counts.total
     making.facts |= {
         "shards": [asdict(shard) for shard in shards],

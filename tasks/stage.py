@@ -19,7 +19,7 @@ from p2d_core.models import CapturedModel, model_hash, pick_device
 from p2d_core.samples.source import SourceSpec, content_hash
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
-from p2d_core.store.manifest import MANIFEST
+from p2d_core.store.manifest import faults
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class BaseModel:
         """What of it can change a result."""
         return {k: v for k, v in asdict(self).items() if k != "folder"}
 
-    def captured(self, runtime: Runtime, **more: Any) -> CapturedModel:
+    def captured(self, runtime: Runtime) -> CapturedModel:
         """The model, loaded when it is first needed; kept for the process."""
-        return _captured(self, runtime.device, runtime.threads, runtime.tokens_per_batch, **more)
+        return _captured(self, runtime.device, runtime.threads, runtime.tokens_per_batch)
 
 
 @functools.lru_cache(maxsize=1)
@@ -144,9 +144,12 @@ class StoredResult(JSONSerializer):
     type: str = "p2d-stored"
 
     def loads(self, blob: bytes) -> Any:
-        """Raises FileNotFoundError, which Prefect takes for a miss, when the artifact is gone."""
+        """Raises FileNotFoundError, which Prefect takes for a miss, when the artifact is gone.
+
+        A damaged one counts as gone: the stage's own look then sets it aside and says so.
+        """
         ref = super().loads(blob)
-        if isinstance(ref, ArtifactRef) and not (ref.path / MANIFEST).exists():
+        if isinstance(ref, ArtifactRef) and faults(ref.path, ref.key):
             raise FileNotFoundError(ref.location)
         return ref
 
@@ -189,7 +192,8 @@ def stage(
             for key, value in inputs.items():
                 if key != "runtime" and key not in outside_key:
                     (made_from if _is_input(value) else settings)[key] = _plain(value)
-            return Recipe(name, version, settings, made_from)
+            beside = {k: _plain(v) for k, v in inputs.items() if k in outside_key and _is_input(v)}
+            return Recipe(name, version, settings, made_from, beside)
 
         @functools.wraps(build)
         def run(*args: Any, **kwargs: Any) -> ArtifactRef:

@@ -47,6 +47,13 @@ def test_every_command_of_the_readme_is_known_here():
             assert f"\n{line.split()[1]}:" in makefile
 
 
+def test_no_printout_or_table_is_left_empty():
+    for block in re.findall(r"```\w+\n(.*?)```", README, re.DOTALL):
+        assert block.strip()
+    assert re.search(r"p2d demo --seed 0, 1, 2 -->\n\n\|", README)
+
+
+@pytest.mark.timeout(600)
 def test_the_commands_run_as_they_stand(place):
     for line in COMMANDS:
         words = shlex.split(line)

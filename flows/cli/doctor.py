@@ -129,7 +129,8 @@ def _python() -> Finding:
 def _installed(name: str) -> Finding:
     found = _version(name)
     if found is None:
-        return Finding(name, "not installed", "make venv, or: pip install -e .", fatal=True)
+        cure = "make demo installs it, or: pip install -c constraints.txt -e ."
+        return Finding(name, "not installed", cure, fatal=True)
     return Finding(name, found)
 
 

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
+import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from p2d_core.adaptation.exact_lora import export_lora
@@ -38,6 +40,8 @@ class Adaptation(Protocol):
     version: str
     needs_heads: bool
     """False: the head map is not looked at, and not part of what the model is made from."""
+    moves_weights: bool
+    """True: the base's own weights move, and need float32 to add small steps up."""
 
     def attach(
         self, model: Any, layers: tuple[AttentionLayer, ...], heads: HeadMap | None, base: str
@@ -62,6 +66,7 @@ class Heads:
 
     version: ClassVar[str] = "1"
     needs_heads: ClassVar[bool] = True
+    moves_weights: ClassVar[bool] = False
 
     def attach(
         self, model: Any, layers: tuple[AttentionLayer, ...], heads: HeadMap | None, base: str
@@ -85,6 +90,7 @@ class Attention:
 
     version: ClassVar[str] = "1"
     needs_heads: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = True
 
     def attach(
         self, model: Any, layers: tuple[AttentionLayer, ...], heads: HeadMap | None, base: str
@@ -104,6 +110,7 @@ class Full:
 
     version: ClassVar[str] = "1"
     needs_heads: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = True
 
     def attach(
         self, model: Any, layers: tuple[AttentionLayer, ...], heads: HeadMap | None, base: str
@@ -118,11 +125,14 @@ class Full:
 class Lora:
     """Low-rank updates of q, k, v and o in every layer. Source: arXiv 2106.09685, through PEFT."""
 
-    rank: int = 8
-    alpha: int = 16
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    seed: int = 0
+    """Of the random half that an update begins with."""
 
     version: ClassVar[str] = "1"
     needs_heads: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
 
     def attach(
         self, model: Any, layers: tuple[AttentionLayer, ...], heads: HeadMap | None, base: str
@@ -136,7 +146,9 @@ class Lora:
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-            wrapped = get_peft_model(model, config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                wrapped = get_peft_model(model, config)
         wrapped.peft_config["default"].base_model_name_or_path = base
 
         def keep(folder: Path) -> None:

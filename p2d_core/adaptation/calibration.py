@@ -26,6 +26,7 @@ def calibrate_full(
     pad_id: int,
     n_corpus: int,
     steps: int,
+    mixed_precision: bool = False,
 ) -> Reference:
     """Times full fine-tuning steps (forward, backward, AdamW) on batches drawn from the corpus.
 
@@ -33,6 +34,7 @@ def calibrate_full(
         encoded: a random draw of the corpus, at least a batch; used in order, again and again.
         n_corpus: samples in the corpus; with epochs and batch size it gives the number of steps.
         steps: how many steps are timed, after `UNTIMED_STEPS` that are not.
+        mixed_precision: bfloat16 in the passes, as training has it for a base in bfloat16.
 
     Returns:
         Mean seconds a step times the steps; the spread is its standard error scaled likewise.
@@ -48,7 +50,9 @@ def calibrate_full(
         first = step * spec.batch_size
         rows = [encoded[(first + i) % len(encoded)] for i in range(spec.batch_size)]
         batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
-        model(**batch).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+            loss = model(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
@@ -26,6 +26,8 @@ from p2d_core.samples.tokens import EncodedSample, collate
 log = logging.getLogger(__name__)
 
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
+SPENT = "seconds.json"
+"""Written last into a checkpoint: one without it was cut short, and is not gone on from."""
 Progress = Callable[[int, int], None]
 
 
@@ -38,6 +40,8 @@ class TrainingResult:
     steps: int
     tokens: int
     """Tokens that went through the model, padding not counted."""
+    seconds_before: float = 0.0
+    """Spent by runs that were stopped, up to the checkpoint that this one went on from."""
 
 
 class _Samples(Dataset[EncodedSample]):
@@ -71,10 +75,13 @@ class _Trainer(Trainer):
 class _Watch(TrainerCallback):
     """Progress, checkpoints by the clock, and an end when the loss is no number."""
 
-    def __init__(self, progress: Progress | None, checkpoint_seconds: float) -> None:
+    def __init__(
+        self, progress: Progress | None, checkpoint_seconds: float, seconds_before: float
+    ) -> None:
         self.progress = progress
         self.checkpoint_seconds = checkpoint_seconds
-        self.saved_at = time.monotonic()
+        self.seconds_before = seconds_before
+        self.started_at = self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.progress is not None:
@@ -83,6 +90,11 @@ class _Watch(TrainerCallback):
             self.saved_at = time.monotonic()
             control.should_save = True
         return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        spent = self.seconds_before + time.monotonic() - self.started_at
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / SPENT).write_text(json.dumps(spent), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -101,11 +113,15 @@ def train(
     pad_id: int,
     scratch: Path,
     checkpoint_seconds: float = 60,
+    mixed_precision: bool = False,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Trains, in place, the parameters that require a gradient; loss on response tokens only.
 
-    Goes on from the last checkpoint in ``scratch`` if there is one.
+    Goes on from the last whole checkpoint in ``scratch`` if there is one. One process, one device.
+
+    Args:
+        mixed_precision: bfloat16 in the passes; the parameters stay in the precision they have.
 
     Raises:
         TrainingError: there is nothing to train or to learn from, or the loss is not a number.
@@ -130,23 +146,26 @@ def train(
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,
         save_strategy="no",
-        save_total_limit=1,
+        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
         dataloader_pin_memory=False,
+        bf16=mixed_precision,
     )
+    # with several GPUs it would split batches over them, and the same settings mean more epochs
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    last, seconds_before = _last_checkpoint(scratch)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=_Samples(encoded),
         data_collator=lambda rows: collate(rows, pad_id),
-        callbacks=[_Watch(progress, checkpoint_seconds)],
+        callbacks=[_Watch(progress, checkpoint_seconds, seconds_before)],
     )
     # the table of figures that it prints at the end is for a console of its own
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(scratch)) if scratch.is_dir() else None  # type: ignore[no-untyped-call]
     if last is not None:
         log.info("training goes on from %s", Path(last).name)
     trainer.train(resume_from_checkpoint=last)
@@ -157,7 +176,18 @@ def train(
         if "loss" in entry
     ]
     tokens = round(sum(len(sample.input_ids) for sample in encoded) * steps / steps_an_epoch)
-    return TrainingResult(curve, steps, tokens)
+    return TrainingResult(curve, steps, tokens, seconds_before)
+
+
+def _last_checkpoint(scratch: Path) -> tuple[str | None, float]:
+    """The newest whole checkpoint and the seconds up to it; those cut short are removed."""
+    found = sorted(scratch.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
+    for folder in found:
+        try:
+            return str(folder), float(json.loads((folder / SPENT).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(folder)
+    return None, 0.0
 
 
 def write_curve(curve: list[dict[str, float]], folder: Path) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
+from p2d_core.errors import HeadMapError, SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -26,28 +29,64 @@ class HeadActivation:
 
     A head's output, before the output projection, is averaged over all tokens of the sample;
     whitened with the corpus' own mean and covariance, a head at a time; the heads stand side by
-    side in one vector. Costs one forward pass a sample, only as deep as the deepest task head.
+    side in one vector. Costs one forward pass a sample, only as deep as the deepest task head that
+    is looked at.
 
     Source: ours; P2D (arXiv 2605.21558) uses the task heads as a filter through attention.
     """
 
-    neighbours: int = 5
+    neighbours: Annotated[int, Field(ge=1)] = 5
     """How many proxy samples, the nearest ones, the similarity is averaged over."""
-    shrinkage: float = 0.1
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Weight, in [0, 1], of a round covariance beside the measured one."""
+    depth: Literal["heads"] | float = "heads"
+    """Share of the layers, in (0, 1], beyond which task heads are not looked at; heads: none is."""
+
+    def __post_init__(self) -> None:
+        if self.depth != "heads" and not (
+            isinstance(self.depth, int | float) and 0 < self.depth <= 1
+        ):
+            raise SettingsError(
+                f"head-activation: depth is {self.depth!r}; it has to be 'heads' or a share of the "
+                "layers in (0, 1]."
+            )
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
+    measured_by: ClassVar[tuple[str, ...]] = ()
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, n_heads, head_dim]."""
         assert heads is not None
-        state = {"heads": torch.tensor(heads.task_heads, dtype=torch.int64)}
+        state = {"heads": torch.tensor(self.looked_at(heads), dtype=torch.int64)}
         if target.proxy:
             state["proxy"] = self._outputs(model, state, target.proxy)
         return state
+
+    def looked_at(self, heads: HeadMap) -> tuple[tuple[int, int], ...]:
+        """The task heads in the first ``depth`` of the layers, the best first.
+
+        Raises:
+            HeadMapError: there are none.
+        """
+        if self.depth == "heads":
+            return heads.task_heads
+        last = max(1, math.ceil(self.depth * heads.n_layers - 1e-9))
+        kept = tuple(head for head in heads.task_heads if head[0] < last)
+        if not kept:
+            raise HeadMapError(
+                f"no task head is in the first {last} of {heads.n_layers} layers, the highest is "
+                f"in layer {min(layer for layer, _ in heads.task_heads)}. Raise scoring.depth."
+            )
+        return kept
+
+    def score_kept(self, heads: HeadMap) -> float:
+        """Share of the task heads' score that the heads looked at have, in [0, 1]."""
+        total = sum(float(heads.scores[head]) for head in heads.task_heads)
+        kept = sum(float(heads.scores[head]) for head in self.looked_at(heads))
+        return kept / total if total else 1.0
 
     def measure(
         self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]

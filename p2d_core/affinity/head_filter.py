@@ -1,7 +1,9 @@
 """The default filter: of the domain by head activation, consistent by head-tuned loss."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.losses import HeadProxyLoss
@@ -21,21 +23,29 @@ class HeadFilter:
     Source: ours.
     """
 
-    domain_quantile: float = 0.05
+    domain_quantile: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Quantile, in [0, 1], of the proxy samples' own affinities that a sample has to reach."""
-    consistency_quantile: float = 0.1
+    consistency_quantile: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Quantile, in [0, 1], of minus the held-out samples' losses that a sample has to reach."""
-    neighbours: int = 5
+    neighbours: Annotated[int, Field(ge=1)] = 5
     """As in head-activation."""
-    shrinkage: float = 0.1
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """As in head-activation."""
+    depth: Literal["heads"] | float = "heads"
     """As in head-activation."""
 
-    version: ClassVar[str] = "1"
+    @property
+    def version(self) -> str:
+        """Of the chain and of every step."""
+        return "-".join(["1", *(step.scorer.version for step in self.steps)])
+
+    def __post_init__(self) -> None:
+        assert self.steps  # a setting that head-activation refuses is refused at once
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """Domain, then consistency."""
-        activation = HeadActivation(neighbours=self.neighbours, shrinkage=self.shrinkage)
+        activation = HeadActivation(self.neighbours, self.shrinkage, self.depth)
         return (
             Step("domain", activation, self.domain_quantile),
             Step("consistency", HeadProxyLoss(), self.consistency_quantile),

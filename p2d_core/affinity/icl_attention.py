@@ -6,11 +6,12 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
@@ -41,14 +42,15 @@ class IclAttention:
     sequence, so that a measurement does not depend on its neighbours, is ours.
     """
 
-    demonstrations: int = 3
+    demonstrations: Annotated[int, Field(ge=2)] = 3
     """Samples before the query, the candidate among them; at least 2."""
-    draws: int = 2
+    draws: Annotated[int, Field(ge=1)] = 2
     """How many queries a candidate is tried with."""
     seed: int = 0
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = True
+    measured_by: ClassVar[tuple[str, ...]] = ("demonstrations", "draws", "seed")
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
 

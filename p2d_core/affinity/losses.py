@@ -31,6 +31,7 @@ class HeadProxyLoss:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
+    measured_by: ClassVar[tuple[str, ...]] = ()
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
 
@@ -66,6 +67,7 @@ class LossShift:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
+    measured_by: ClassVar[tuple[str, ...]] = ()
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
 

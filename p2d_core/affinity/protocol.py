@@ -42,6 +42,11 @@ class Scorer(Protocol):
         ...
 
     @property
+    def measured_by(self) -> tuple[str, ...]:
+        """The settings that measure() reads: changing others measures nothing again."""
+        ...
+
+    @property
     def needs_heads(self) -> bool:
         """Does it look at the task heads? False: it is given none."""
         ...

@@ -45,7 +45,6 @@ class ScoredCorpus:
     gate: Gate | None = None
     passing_by_shard: list[str] = field(default_factory=list)
     """For each shard, SHA-256 over the ids of the samples that passed all gates so far."""
-    passed_by_shard: list[int] = field(default_factory=list)
 
 
 def gate_of(step: Step, state: ScorerState, measured: MeasuredCorpus) -> Gate | None:
@@ -99,7 +98,6 @@ def score_corpus(
             passed = scored.filter(pc.equal(scored["gates_passed"], _gates(scored)))
             ids = "\n".join(passed["sample_id"].to_pylist())
             outcome.passing_by_shard.append(hashlib.sha256(ids.encode()).hexdigest())
-            outcome.passed_by_shard.append(len(passed))
             outcome.rows += len(scored)
             outcome.passed += len(passed)
             writer = writer or pq.ParquetWriter(file, scored.schema, compression="zstd")

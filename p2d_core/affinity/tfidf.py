@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
@@ -27,13 +28,14 @@ class Tfidf:
     Source: scikit-learn's TfidfTransformer (smoothed idf).
     """
 
-    neighbours: int = 5
+    neighbours: Annotated[int, Field(ge=1)] = 5
     """How many proxy samples, the nearest ones, the similarity is averaged over."""
-    features: int = 2**18
+    features: Annotated[int, Field(ge=2)] = 2**18
     """Size of the hashed vocabulary."""
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
+    measured_by: ClassVar[tuple[str, ...]] = ()
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = False
 

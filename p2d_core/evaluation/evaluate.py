@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from p2d_core.models import response_losses
+from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import EncodedSample, Encoder, batches_by_tokens, collate
 
@@ -64,13 +64,11 @@ def evaluate(
     }
     metrics = {"loss": float(losses.mean())}
     if spec.metric == "exact_match":
-        answers = _generate(
-            model, encoder, samples, encoded, spec, device, tokens_per_batch, progress
-        )
+        answers = _generate(model, encoder, encoded, spec, device, tokens_per_batch, progress)
+        expected = [answer_of(sample.response, spec.answer_pattern) for sample in samples]
         matches = [
-            answer_of(answer, spec.answer_pattern)
-            == answer_of(sample.response, spec.answer_pattern)
-            for answer, sample in zip(answers, samples, strict=True)
+            right is not None and answer_of(answer, spec.answer_pattern) == right
+            for answer, right in zip(answers, expected, strict=True)
         ]
         columns |= {"exact_match": matches, "answer": answers}
         metrics["exact_match"] = sum(matches) / len(matches)
@@ -92,7 +90,6 @@ def answer_of(text: str, pattern: str | None) -> str | None:
 def _generate(
     model: Any,
     encoder: Encoder,
-    samples: Sequence[Sample],
     encoded: Sequence[EncodedSample],
     spec: EvaluationSpec,
     device: torch.device,
@@ -102,10 +99,10 @@ def _generate(
     longest = max(sample.n_response for sample in encoded)
     room = spec.max_new_tokens or longest + longest // 4 + 1
     prompts = [
-        EncodedSample(sample.sample_id, encoder.prompt_ids(sample, room=room), 1)
-        for sample in samples
+        EncodedSample(sample.sample_id, sample.input_ids[: sample.n_prompt], sample.n_prompt)
+        for sample in encoded
     ]
-    answers = [""] * len(samples)
+    answers = [""] * len(encoded)
     done = 0
     # what is generated counts: its keys and values are kept beside the prompt's
     for positions in batches_by_tokens(prompts, token_budget=max(1, tokens_per_batch // 2)):
@@ -125,5 +122,5 @@ def _generate(
             answers[position] = text
         done += len(positions)
         if progress is not None:
-            progress(done, len(samples))
+            progress(done, len(encoded))
     return answers

@@ -27,6 +27,10 @@ HEAD_SCHEMA = pa.schema(
 )
 
 
+HEADS = "heads.parquet"
+"""What a head map is called in its artifact."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadMap:
     """Scores ``[n_layers, n_query_heads]`` in float64, higher is more task-sensitive.

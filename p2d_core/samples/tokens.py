@@ -99,15 +99,6 @@ class Encoder:
         if pending:
             yield from self._encode_batch(pending)
 
-    def prompt_ids(self, sample: Sample, *, room: int = 0) -> list[int]:
-        """Token ids of the prompt, to generate from.
-
-        Args:
-            room: tokens of ``max_tokens`` that are left for what is generated.
-        """
-        (ids,) = self._tokenized("prompt", [sample])
-        return self._prompt(ids, self.format.max_tokens - room)
-
     def _encode_batch(self, samples: Sequence[Sample]) -> Iterator[EncodedSample]:
         prompts = self._tokenized("prompt", samples)
         responses = self._tokenized("response", samples)

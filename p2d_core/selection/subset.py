@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2d_core.errors import InputError
+from p2d_core.errors import InputError, SettingsError
 
 SUBSET = "subset.parquet"
 LENGTH_BINS = 5
+MEMORY = "1GB"
+"""Beyond which DuckDB spills to disk."""
+SPILL = ".spill"
+PLACES = ("scores", "corpus", "file")
+"""Parameters that name files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +36,23 @@ class SelectionSpec:
     """Spread the response lengths as those of the proxy samples."""
     replay: float = 0.0
     """Share of the subset, in [0, 1), drawn at random from the corpus' other sources."""
+    quotas: tuple[tuple[str, float], ...] = ()
+    """(source, share of the subset) of sources that get no more and no less; the others get the
+    rest by affinity. Replay is apart."""
     seed: int = 0
     at_random: bool = False
-    """Draw from the whole corpus and look at no affinity: what a selection has to beat."""
+    """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
+
+    def __post_init__(self) -> None:
+        shares = [share for _, share in self.quotas]
+        named = {source for source, _ in self.quotas}
+        if any(not 0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+            raise SettingsError(
+                f"selection.quotas has the shares {shares}; each has to be in (0, 1], and together "
+                "at most 1."
+            )
+        if len(named) < len(shares):
+            raise SettingsError("selection.quotas names a source twice; name each once.")
 
 
 @dataclass
@@ -48,67 +69,96 @@ class Subset:
     query: str = ""
 
 
-CANDIDATES = """
-CREATE TEMP TABLE candidate AS
-SELECT sample_id, source, affinity, n_response_tokens, gates_passed,
-       md5($seed || ':' || sample_id) AS draw
-FROM read_parquet($scores)
+COUNTS = """
+SELECT source, gates_passed, count(*) FROM read_parquet($scores) GROUP BY source, gates_passed
 """
 
 # The pool: whatever passed every gate; if that is too little, what passed the gates up to the
 # last one, the nearest to it first, and so on down to the first gate.
 POOL = """
+-- in the order gates_passed DESC, affinity DESC, sample_id, but without sorting: what is at or
+-- above a threshold, less the last few at it
 CREATE TEMP TABLE pool AS
-SELECT * FROM candidate
-WHERE $gates > 0 AND gates_passed = $gates
-UNION ALL
-SELECT * FROM (
-    SELECT * FROM candidate
-    WHERE NOT ($gates > 0 AND gates_passed = $gates)
-    ORDER BY gates_passed DESC, affinity DESC, sample_id
-    LIMIT $further
+SELECT sample_id, source, affinity, gates_passed, n_response_tokens, {part} AS part
+FROM read_parquet($scores)
+WHERE {inside}
+"""
+
+TRIM = """
+DELETE FROM pool WHERE rowid IN (
+    SELECT rowid FROM pool WHERE part = $part AND gates_passed = $level
+    ORDER BY affinity, sample_id DESC
+    LIMIT $surplus
 )
+"""
+
+ALL = """
+CREATE TEMP TABLE chosen AS SELECT sample_id, source, affinity, 'affinity' AS chosen_by FROM pool
 """
 
 # A sample's place in its bin over the bin's quota: taking the smallest ones fills every bin in
 # step with the quotas, and what a bin lacks is made up by the others.
 DRAW = """
 CREATE TEMP TABLE chosen AS
-SELECT sample_id, 'affinity' AS chosen_by FROM (
-    SELECT pool.sample_id, draw,
-           row_number() OVER (PARTITION BY bin ORDER BY draw)
-               / (SELECT quota FROM bins WHERE bins.bin = binned.bin) AS place
-    FROM pool JOIN (
-        SELECT sample_id, (SELECT min(bin) FROM bins WHERE n_response_tokens <= upper) AS bin
-        FROM pool
-    ) AS binned USING (sample_id)
+SELECT sample_id, source, affinity, 'affinity' AS chosen_by FROM (
+    SELECT *, row_number() OVER (PARTITION BY part ORDER BY place, draw) AS turn FROM (
+        SELECT binned.*, row_number() OVER (PARTITION BY part, bin ORDER BY draw)
+                   / (SELECT quota FROM bins WHERE bins.bin = binned.bin) AS place
+        FROM (
+            SELECT pool.*, md5($seed || ':' || sample_id) AS draw,
+                   (SELECT min(bin) FROM bins WHERE n_response_tokens <= upper) AS bin
+            FROM pool
+        ) AS binned
+    )
 )
-ORDER BY place, draw
-LIMIT $wanted
+WHERE turn <= $wanted[part + 1]
 """
 
 # Other sources: those that gave less to the chosen than their share of the corpus.
 REPLAY = """
 INSERT INTO chosen
-SELECT sample_id, 'replay' FROM candidate
-WHERE source IN (
-    SELECT source FROM candidate LEFT JOIN chosen USING (sample_id)
-    GROUP BY source
-    HAVING count(chosen.sample_id) / (SELECT greatest(count(*), 1) FROM chosen)
-         < count(*) / (SELECT count(*) FROM candidate)
-)
-AND sample_id NOT IN (SELECT sample_id FROM pool)
-ORDER BY draw
+SELECT sample_id, source, affinity, 'replay' FROM read_parquet($scores)
+WHERE list_contains($sources, source) AND sample_id NOT IN (SELECT sample_id FROM pool)
+ORDER BY md5($seed || ':' || sample_id)
 LIMIT $wanted
 """
 
 RESULT = """
-SELECT corpus.*, scores.* EXCLUDE (sample_id, source), chosen.chosen_by
-FROM read_parquet($corpus) AS corpus
-JOIN chosen USING (sample_id)
-JOIN read_parquet($scores) AS scores USING (sample_id)
-ORDER BY md5($seed || ':' || sample_id)
+COPY (
+    SELECT corpus.*, scores.* EXCLUDE (sample_id, source), chosen.chosen_by
+    FROM read_parquet($corpus) AS corpus
+    JOIN (SELECT sample_id, chosen_by FROM chosen) AS chosen USING (sample_id)
+    JOIN read_parquet($scores) AS scores USING (sample_id)
+    ORDER BY md5($seed || ':' || sample_id)
+) TO $file (FORMAT parquet, COMPRESSION zstd)
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Samples that compete with each other: of a source with a quota, or all the others."""
+
+    condition: str
+    """SQL over the scores."""
+    values: dict[str, str]
+    wanted: int
+    pooled: int
+    """How many come into the pool."""
+    levels: dict[int, int]
+    """Samples by the number of gates that they passed."""
+
+    @property
+    def size(self) -> int:
+        return sum(self.levels.values())
+
+    def lowest(self) -> tuple[int, int]:
+        """The lowest level that comes into the pool, and how many of it do."""
+        left = self.pooled
+        for level in sorted(self.levels, reverse=True):
+            if left <= self.levels[level]:
+                return level, left
+            left -= self.levels[level]
+        return min(self.levels, default=0), self.levels.get(min(self.levels, default=0), 0)
 
 
 def select_subset(
@@ -126,71 +176,174 @@ def select_subset(
         proxy_lengths: response tokens of each proxy sample.
 
     Raises:
-        InputError: the corpus has no samples.
+        InputError: the corpus has no samples, or a quota is of a source that it does not have.
+    """
+    with duckdb.connect(
+        config={"memory_limit": MEMORY, "temp_directory": str(folder / SPILL)}
+    ) as connection:
+        run = Script(connection)
+        subset = choose(run, scores, proxy_lengths, spec)
+        run(
+            RESULT,
+            seed=str(spec.seed),
+            corpus=[str(file) for file in corpus],
+            scores=str(scores),
+            file=str(folder / SUBSET),
+        )
+    shutil.rmtree(folder / SPILL, ignore_errors=True)
+    (folder / "query.sql").write_text(run.text(), encoding="utf-8")
+    return replace(subset, query=run.text())
+
+
+def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: SelectionSpec) -> Subset:
+    """Makes the table ``chosen`` (sample_id, source, affinity, chosen_by) in the connection.
+
+    Reads the scores a fixed number of times and sorts none of them but those at a threshold.
+
+    Raises:
+        InputError: as `select_subset`.
     """
     gates = int((pq.read_schema(scores).metadata or {}).get(b"gates", b"0"))
-    connection = duckdb.connect()
-    run = _Script(connection)
-    run(CANDIDATES, seed=str(spec.seed), scores=str(scores))
-    total = _number(connection, "SELECT count(*) FROM candidate")
+    counts = run.connection.execute(COUNTS, {"scores": str(scores)}).fetchall()
+    by_source: dict[str, dict[int, int]] = {}
+    for source, level, count in counts:
+        by_source.setdefault(source, {})[level] = count
+    corpus_by_source = {source: sum(by_source[source].values()) for source in sorted(by_source)}
+    total = sum(corpus_by_source.values())
     if not total:
         raise InputError("the corpus has no samples to choose from. Add some to corpus.sources.")
     budget = max(1, round(spec.fraction * total))
     replay = 0 if spec.at_random else min(round(spec.replay * budget), budget - 1)
     wanted = budget - replay
-    passed = _number(
-        connection, "SELECT count(*) FROM candidate WHERE $1 > 0 AND gates_passed = $1", gates
-    )
-    if spec.at_random:
-        further = total
-    elif gates:
-        further = max(0, wanted - passed)
+    notes: list[str] = []
+    parts = _parts(by_source, wanted, gates, spec, notes)
+    _fill_pool(run, scores, parts)
+    if all(part.pooled <= part.wanted for part in parts):
+        run(ALL)
     else:
-        further = min(total, round(spec.pool * wanted))
-    run(POOL, gates=gates, further=further)
-    bins = _bins(proxy_lengths if spec.match_lengths and not spec.at_random else [])
-    connection.register("given_bins", bins)
-    run("CREATE TEMP TABLE bins AS SELECT * FROM given_bins")
-    run(DRAW, wanted=wanted)
-    notes = []
-    if gates and further and not spec.at_random:
-        notes.append(
-            f"{passed} samples passed every gate, {wanted} were wanted: the gates were relaxed, "
-            "the last one first, for the rest"
+        run.connection.register(
+            "given_bins",
+            _bins(proxy_lengths if spec.match_lengths and not spec.at_random else []),
         )
-    cut_off = connection.execute(
-        "SELECT min(affinity) FROM candidate JOIN chosen USING (sample_id)"
-    ).fetchall()[0][0]
+        run("CREATE TEMP TABLE bins AS SELECT * FROM given_bins")
+        run(DRAW, seed=str(spec.seed), wanted=[part.wanted for part in parts])
+    cut_off = run.connection.execute("SELECT min(affinity) FROM chosen").fetchall()[0][0]
+    replayed = 0
     if replay:
-        run(REPLAY, wanted=replay)
-    counts = _by_source(connection, "candidate JOIN chosen USING (sample_id)")
-    chosen = sum(counts.values())
-    replayed = _number(connection, "SELECT count(*) FROM chosen WHERE chosen_by = 'replay'")
-    if replayed < replay:
-        notes.append(f"replay: {replay} samples were wanted, other sources have {replayed}")
-    run.remember(RESULT, seed=spec.seed)
-    result = connection.sql(
-        RESULT,
-        params={
-            "seed": str(spec.seed),
-            "corpus": [str(file) for file in corpus],
-            "scores": str(scores),
-        },
-    ).to_arrow_table()
-    pq.write_table(result, folder / SUBSET, compression="zstd")
-    (folder / "query.sql").write_text(run.text(), encoding="utf-8")
+        chosen = _by_source(run.connection)
+        # what was meant for other sources: those that gave less than their share of the corpus
+        behind = [
+            source
+            for source, count in corpus_by_source.items()
+            if chosen.get(source, 0) / max(1, sum(chosen.values())) < count / total
+        ]
+        values = {"sources": behind, "seed": str(spec.seed), "wanted": replay}
+        run(REPLAY, scores=str(scores), **values)
+        replayed = sum(_by_source(run.connection).values()) - sum(chosen.values())
+        if replayed < replay:
+            notes.append(f"replay: {replay} samples were wanted, other sources have {replayed}")
+    chosen = _by_source(run.connection)
     return Subset(
-        rows=chosen,
+        rows=sum(chosen.values()),
         replayed=replayed,
-        by_source=counts,
-        corpus_by_source=_by_source(connection, "candidate"),
+        by_source=chosen,
+        corpus_by_source=corpus_by_source,
         cut_off=float(cut_off),
         notes=notes,
-        query=run.text(),
     )
 
 
-class _Script:
+def _parts(
+    by_source: dict[str, dict[int, int]],
+    wanted: int,
+    gates: int,
+    spec: SelectionSpec,
+    notes: list[str],
+) -> list[_Part]:
+    """Who competes with whom, for how many places."""
+    quotas = {} if spec.at_random else dict(spec.quotas)
+    unknown = sorted(set(quotas) - set(by_source))
+    if unknown:
+        raise InputError(
+            f"selection.quotas: the corpus has no source {unknown[0]!r}. "
+            f"It has {', '.join(sorted(by_source))}."
+        )
+    parts: list[_Part] = []
+
+    def add(condition: str, values: dict[str, str], sources: list[str], due: int) -> None:
+        levels: Counter[int] = Counter()
+        for source in sources:
+            levels.update(by_source[source])
+        size, passed = sum(levels.values()), levels[gates] if gates else 0
+        if spec.at_random:
+            pooled = size
+        elif gates:
+            pooled = max(passed, min(due, size))
+        else:
+            pooled = min(size, round(spec.pool * due))
+        if gates and passed < due and not spec.at_random:
+            notes.append(
+                f"{passed} samples passed every gate, {due} were wanted: the gates were relaxed, "
+                "the last one first, for the rest"
+            )
+        parts.append(_Part(condition, values, due, pooled, dict(levels)))
+
+    left = wanted
+    for number, (source, share) in enumerate(quotas.items()):
+        due = min(round(share * wanted), left)
+        size = sum(by_source[source].values())
+        if size < due:
+            notes.append(f"quota: {due} samples of {source} were wanted, it has {size}")
+            due = size
+        add(f"source = $source{number}", {f"source{number}": source}, [source], due)
+        left -= due
+    others = [source for source in by_source if source not in quotas]
+    if others:
+        named = {f"source{number}": source for number, source in enumerate(quotas)}
+        condition = " AND ".join(f"source <> ${name}" for name in named) or "true"
+        add(condition, named, others, left)
+    return parts
+
+
+def _fill_pool(run: Script, scores: Path, parts: Sequence[_Part]) -> None:
+    """Makes the table ``pool`` with every part's best in it."""
+    quantiles: list[str] = []
+    inside: list[str] = []
+    values: dict[str, Any] = {}
+    lowest: dict[int, tuple[int, int]] = {}
+    for number, part in enumerate(parts):
+        level, needed = part.lowest()
+        of_level = part.levels.get(level, 0)
+        values |= part.values
+        if needed >= of_level:
+            inside.append(f"({part.condition} AND gates_passed >= {level:d})")
+            continue
+        lowest[number] = (level, part.pooled)
+        # one lower than the last that is needed: what is too many is taken away again
+        share = max(0.0, (of_level - needed - 1) / of_level)
+        quantiles.append(
+            f"quantile_disc(affinity, {share!r}) "
+            f"FILTER (WHERE {part.condition} AND gates_passed = {level:d})"
+        )
+        inside.append(
+            f"({part.condition} AND (gates_passed > {level:d} "
+            f"OR (gates_passed = {level:d} AND affinity >= $low{number})))"
+        )
+    if quantiles:
+        # conditions and numbers are of this file; the names of sources are bound
+        query = f"SELECT {', '.join(quantiles)} FROM read_parquet($scores)"  # noqa: S608
+        found = run.connection.execute(query, {"scores": str(scores)} | values).fetchall()[0]
+        values |= {f"low{number}": low for number, low in zip(lowest, found, strict=True)}
+    cases = " ".join(f"WHEN {part.condition} THEN {i}" for i, part in enumerate(parts))
+    statement = POOL.format(part=f"CASE {cases} END", inside=" OR ".join(inside))
+    run(statement, scores=str(scores), **values)
+    held = dict(run.connection.execute("SELECT part, count(*) FROM pool GROUP BY part").fetchall())
+    for number, (level, pooled) in lowest.items():
+        if held[number] > pooled:
+            run(TRIM, part=number, level=level, surplus=held[number] - pooled)
+
+
+class Script:
     """Runs statements with bound parameters and remembers them, with the values, as SQL."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -202,9 +355,9 @@ class _Script:
         self.connection.execute(statement, parameters or None)
 
     def remember(self, statement: str, **parameters: Any) -> None:
-        """Notes a statement that is run elsewhere."""
+        """Notes a statement without running it."""
         # file names are this machine's: the inputs stand in the manifest
-        shown = {k: v for k, v in parameters.items() if isinstance(v, int) or k == "seed"}
+        shown = {k: v for k, v in parameters.items() if k not in PLACES}
         values = ", ".join(f"${name} = {value!r}" for name, value in shown.items())
         self.done.append((f"-- {values}\n" if values else "") + statement.strip() + ";\n")
 
@@ -227,13 +380,9 @@ def _bins(lengths: Sequence[int]) -> pa.Table:
     return pa.table({"bin": list(range(len(uppers))), "upper": uppers, "quota": quotas})
 
 
-def _number(connection: duckdb.DuckDBPyConnection, query: str, *values: Any) -> int:
-    return int(connection.execute(query, list(values) or None).fetchall()[0][0])
-
-
-def _by_source(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, int]:
-    # `table` is one of two texts of this file
+def _by_source(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """Of the chosen."""
     rows = connection.execute(
-        f"SELECT source, count(*) FROM {table} GROUP BY source ORDER BY source"  # noqa: S608
+        "SELECT source, count(*) FROM chosen GROUP BY source ORDER BY source"
     ).fetchall()
     return {source: int(count) for source, count in rows}

@@ -25,6 +25,8 @@ class Manifest:
     version: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, Any]
+    beside: Mapping[str, Any]
+    """Artifacts that were looked at, but are not in the key."""
     files: Mapping[str, Mapping[str, Any]]
     """Relative name -> {"size": bytes, "sha256": hex}."""
     facts: Mapping[str, Any]
@@ -52,6 +54,7 @@ def write_manifest(
         version=recipe.version,
         settings=dict(recipe.settings),
         inputs=dict(recipe.inputs),
+        beside=dict(recipe.beside),
         files={
             str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": hash_file(file)}
             for file in sorted(folder.rglob("*"))

@@ -41,6 +41,8 @@ class Recipe:
     """Of the stage's algorithm: raised when the same inputs give another result."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """Artifacts that were looked at and cannot change the result: for lineage, not in the key."""
 
     @property
     def key(self) -> str:

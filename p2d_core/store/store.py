@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from p2d_core.aer import measured
+from p2d_core.aer import Cost, measured
 from p2d_core.errors import ArtifactError
 from p2d_core.store.manifest import MANIFEST, Manifest, faults, read_manifest, write_manifest
 from p2d_core.store.recipe import Recipe
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SET_ASIDE = ".damaged-"
 STAGING = ".staging-"
-NOT_STAGES = ("mlflow", "prefect", "runs", "demo", "reports")
+NOT_STAGES = ("mlflow", "prefect", "runs", "demo")
 
 
 class ArtifactRef(BaseModel):
@@ -58,6 +58,8 @@ class Making:
     facts: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     tokens: int = 0
+    seconds_before: float = 0.0
+    """Spent on it by runs that were stopped, as far as their work went into this one."""
 
 
 class Store:
@@ -114,7 +116,9 @@ class Store:
                 with measured() as watch:
                     build(making)
                     watch.samples, watch.tokens = making.samples, making.tokens
-                write_manifest(staging, recipe, facts=making.facts, cost=watch.cost, run_id=run_id)
+                before = Cost(making.seconds_before, making.seconds_before)
+                cost = before + watch.cost
+                write_manifest(staging, recipe, facts=making.facts, cost=cost, run_id=run_id)
             shutil.rmtree(scratch, ignore_errors=True)
             return ArtifactRef(stage=recipe.stage, key=key, location=str(folder))
 
@@ -201,7 +205,7 @@ def lineage_among(by_key: Mapping[str, ArtifactRef], ref: ArtifactRef) -> list[A
         if here.key in found:
             continue
         found[here.key] = here
-        keys = strings_in(here.manifest.inputs)
+        keys = strings_in({**here.manifest.inputs, **here.manifest.beside})
         waiting.extend(by_key[key] for key in keys if key in by_key and key not in found)
     return list(found.values())
 

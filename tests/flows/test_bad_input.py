@@ -65,11 +65,18 @@ def test_an_unknown_key(case, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.5, "a tenth"])
-def test_a_fraction_out_of_bounds(case, capsys, monkeypatch, fraction):
-    case.values["selection"] = {"fraction": fraction}
+@pytest.mark.parametrize(
+    ("section", "meaning"),
+    [
+        ("selection", "Share of the corpus that training sees"),
+        ("heads", "Share of all query heads"),
+    ],
+)
+def test_a_fraction_out_of_bounds(case, capsys, monkeypatch, section, meaning, fraction):
+    case.values[section] = {"fraction": fraction}
     message = refusal(case, capsys, monkeypatch)
-    assert f"`selection.fraction` was {fraction!r}" in message
-    assert "Share of the corpus that training sees" in message
+    assert f"`{section}.fraction` was {fraction!r}" in message
+    assert meaning in message
 
 
 def test_a_missing_file(case, capsys, monkeypatch):
@@ -82,7 +89,7 @@ def test_a_missing_file(case, capsys, monkeypatch):
 
 def test_an_empty_file(case, capsys, monkeypatch):
     (case.folder / "pool.jsonl").write_text("")
-    assert "pool.jsonl: the file" in refusal(case, capsys, monkeypatch)
+    assert "pool.jsonl: the file is empty" in refusal(case, capsys, monkeypatch)
 
 
 def test_json_broken_at_a_line(case, capsys, monkeypatch):
@@ -152,11 +159,43 @@ def test_fewer_samples_than_the_proxy_asks_for(case, capsys, monkeypatch):
         ("device", "cuda:9", "device 'cuda:9' cannot be used"),
         ("format", {"max_tokens": 2}, "`format.max_tokens` was 2"),
         ("tracking", {"experiment": 5}, "`tracking.experiment` was 5"),
+        ("training", {"epochs": float("inf")}, "`training.epochs` was inf"),
+        ("scoring", {"options": {"domain_quantile": 7}}, "setting `domain_quantile` was 7"),
+        ("scoring", {"options": {"neighbours": 0}}, "setting `neighbours` was 0"),
+        (
+            "scoring",
+            {"scorer": "icl-attention", "options": {"draws": 0}},
+            "setting `draws` was 0",
+        ),
+        ("evaluation", {"answer_pattern": "("}, "it is not a regular expression"),
+        ("corpus", {"sources": [], "include_target": False}, "the corpus has no samples"),
     ],
 )
 def test_a_name_or_option_that_nobody_knows(case, capsys, monkeypatch, key, value, expected):
     case.values[key] = value
     assert expected in refusal(case, capsys, monkeypatch)
+
+
+def test_two_sources_of_one_name(case, capsys, monkeypatch):
+    case.values["corpus"]["sources"] = [
+        {"path": "pool.jsonl"},
+        {"path": "test.jsonl", "name": "pool"},
+    ]
+    assert "two sources of the corpus are called 'pool'" in refusal(case, capsys, monkeypatch)
+
+
+def test_an_answer_pattern_that_a_reference_does_not_match(case, capsys, monkeypatch):
+    case.values["evaluation"] |= {"metric": "exact_match", "answer_pattern": "#### (.*)"}
+    message = refusal(case, capsys, monkeypatch)
+    assert "row 1 of source 'test': its response has no match" in message
+
+
+def test_a_base_whose_heads_cannot_be_found(case, capsys, monkeypatch):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50).save_pretrained(case.folder / "base")
+    message = refusal(case, capsys, monkeypatch)
+    assert "c_attn" in message
 
 
 def test_yaml_that_is_none(case, capsys, monkeypatch, tmp_path):

@@ -77,7 +77,7 @@ CHANGES = [
     ("target", {"skip": 2}),
     ("corpus", {"sources": []}),
     ("format", {"separator": " : "}),
-    ("format", {"max_tokens": 64}),
+    ("format", {"max_tokens": 32}),
     ("evaluation", {"samples": 30}),
     ("evaluation", {"metric": "exact_match"}),
     ("evaluation", {"answer_pattern": "#### (.*)"}),

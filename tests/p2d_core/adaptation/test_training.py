@@ -14,7 +14,7 @@ import torch
 from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.adaptation.training import train
+from p2d_core.adaptation.training import _last_checkpoint, train
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import TrainingError
 from p2d_core.heads.head_map import HeadMap
@@ -66,10 +66,11 @@ def test_only_the_response_is_learnt(tmp_path):
     assert result.curve[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+@pytest.mark.parametrize("adaptation", ["heads", "lora"])
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(adaptation, tmp_path):
     def weights(seed: int, name: str) -> torch.Tensor:
-        model = tiny_llama()
-        attached = attach("heads", model)
+        attached = attach(adaptation, tiny_llama())
+        model = attached.model
         spec = TrainingSpec(epochs=2, learning_rate=1e-2, batch_size=4, seed=seed)
         train(attached.model, encoded(), spec, pad_id=0, scratch=tmp_path / name)
         return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
@@ -178,9 +179,28 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(tmp_path):
     assert torch.equal(resumed, long_run(tmp_path / "undisturbed"))
 
 
+def test_a_checkpoint_cut_short_is_not_gone_on_from(tmp_path):
+    undisturbed = long_run(tmp_path / "undisturbed")
+    long_run(tmp_path / "cut", lambda done, total: time.sleep(0.01))
+    for file in (tmp_path / "cut").glob("checkpoint-*/*"):
+        if file.name in ("trainer_state.json", "seconds.json"):
+            file.unlink()
+    assert torch.equal(long_run(tmp_path / "cut"), undisturbed)
+
+
+def test_what_a_stopped_run_spent_still_counts(tmp_path):
+    attached = attach("heads", tiny_llama())
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9/seconds.json").write_text("12.5")
+    found, seconds = _last_checkpoint(tmp_path)
+    assert (Path(found).name, seconds) == ("checkpoint-9", 12.5)
+    fresh = train(attached.model, encoded(), SPEC, pad_id=0, scratch=tmp_path / "none")
+    assert fresh.seconds_before == 0
+
+
 def test_checkpoints_hold_only_what_moves(tmp_path):
     long_run(tmp_path, lambda done, total: time.sleep(0.01))
-    (folder,) = tmp_path.glob("checkpoint-*")
+    folder = next(tmp_path.glob("checkpoint-*"))
     from safetensors.torch import load_file
 
     names = set(load_file(folder / "trainable.safetensors"))

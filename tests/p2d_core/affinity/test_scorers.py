@@ -86,7 +86,8 @@ def test_an_affinity_does_not_depend_on_shards_order_or_batches(name, model, hea
         small = affinities(name, model, heads, [corpus])
     finally:
         model.tokens_per_batch = 8192
-    np.testing.assert_allclose(small, whole, rtol=1e-5, atol=1e-6)
+    # a difference of two losses of about 5 rounds in their sixth digit, not in its own
+    np.testing.assert_allclose(small, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_head_activation_equals_whitening_by_hand(model, heads):

@@ -49,6 +49,19 @@ def test_answers_do_not_depend_on_the_batch(base, encoder, known):
     assert whole.metrics["loss"] == pytest.approx(small.metrics["loss"], abs=1e-5)
 
 
+def test_no_answer_is_never_right(base, encoder, known):
+    spec = EvaluationSpec("exact_match", answer_pattern="no such words (.*)")
+    result = evaluate(base, encoder, known[:5], spec, device=CPU)
+    assert result.metrics["exact_match"] == 0
+
+
+def test_a_long_limit_leaves_the_prompts_whole(base, encoder, known):
+    whole = evaluate(base, encoder, known, EvaluationSpec("exact_match"), device=CPU)
+    tight = Encoder(encoder.tokenizer, TextFormat(max_tokens=40))
+    spec = EvaluationSpec("exact_match", max_new_tokens=39)
+    assert evaluate(base, tight, known, spec, device=CPU).metrics == whole.metrics
+
+
 def test_a_short_limit_cuts_answers(base, encoder, known):
     spec = EvaluationSpec("exact_match", max_new_tokens=1)
     result = evaluate(base, encoder, known, spec, device=CPU)

@@ -1,0 +1,53 @@
+"""``python -m benchmarks``: runs what is asked for and writes results.json and results.md."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import ranking, report, reuse, scoring, subset, training
+from benchmarks.sizes import SIZES
+
+PARTS = {
+    "scoring": scoring.measure,
+    "growth": scoring.growth,
+    "ranking": ranking.measure,
+    "training": training.measure,
+    "subset": subset.measure,
+    "reuse": reuse.measure,
+}
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parts that are not run keep the figures of an earlier run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    size = SIZES[given.size]
+    if size.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--size gpu needs a GPU, and torch sees none. Leave it out for the CPU's.")
+    figures = []
+    for part in given.only:
+        start = time.perf_counter()
+        for figure in PARTS[part](size):
+            figures.append(figure)
+            met = "met" if figure.met else "not met"
+            log.info("%s: %.3f, goal %.3g %s", figure.name, figure.ratio, figure.goal, met)
+        log.info("%s took %.0f s", part, time.perf_counter() - start)
+    whole = set(given.only) == set(PARTS)
+    kept = figures if whole else report.merged(given.out / report.JSON, figures)
+    report.write(kept, given.out)
+    report.show(figures)
+
+
+if __name__ == "__main__":
+    main()

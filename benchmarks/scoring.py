@@ -1,0 +1,330 @@
+"""What scoring a corpus costs, against a bare forward pass over it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.counted import forward_operations, scoring_operations
+from benchmarks.figures import Figure, alternate, figure, matrix_product_rate
+from benchmarks.generated import captured, random_model, samples
+from benchmarks.sizes import Shape, Size
+from p2d_core.adaptation.adaptations import Attention, attention_slices
+from p2d_core.adaptation.slices import TunedSlices
+from p2d_core.affinity import Chain, Scorer, ScorerState, Target, steps_of
+from p2d_core.affinity.head_activation import HeadActivation
+from p2d_core.affinity.head_filter import HeadFilter
+from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
+from p2d_core.affinity.scoring import SCORES, passing_ids, score_corpus
+from p2d_core.attention.layout import slices_of
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.heads.ranking import RankingEvidence
+from p2d_core.heads.spad import Spad
+from p2d_core.models import CapturedModel
+from p2d_core.samples.schema import Sample
+from p2d_core.samples.shards import read_shard, write_shards
+from p2d_core.samples.tokens import batches_by_tokens, collate
+
+DEPTH = 0.5
+IN_DOMAIN = 0.25
+GROWTH_SHAPE = Shape("tiny-llama", 64, 2, 4, 2, 16, 128, 8_004)
+PROXY_STEPS, PROXY_ROWS = 3, 8
+
+
+def measure(size: Size) -> Iterator[Figure]:
+    """`scoring_vs_forward`, its worst case, and `chain_vs_forward`."""
+    for shape in size.shapes:
+        bench = _Bench(size, shape)
+        yield from bench.scoring()
+        yield bench.chain()
+        del bench
+
+
+class _Bench:
+    """One model with its head map."""
+
+    def __init__(self, size: Size, shape: Shape) -> None:
+        self.size, self.shape = size, shape
+        network = random_model(shape, size)
+        self.model = captured(network, size)
+        self.proxies = samples(PROXY_ROWS * PROXY_STEPS, seed=1)
+        self.held_out = samples(8, seed=2)
+        self.heads, self.tuned = ranked(self.model, self.proxies)
+        self.rate = matrix_product_rate(size.device, size.dtype)
+
+    def forward_of(self, corpus: Sequence[Sample]) -> Any:
+        """``model(**batch)`` on the batches that scoring makes of these samples."""
+        encoded = self.model.encode(corpus)
+        batches = [
+            {name: batch[name] for name in ("input_ids", "attention_mask")}
+            for _, batch in self.model.batches(encoded)
+        ]
+
+        def run() -> None:
+            with torch.inference_mode():
+                for batch in batches:
+                    self.model.model(**batch)
+
+        return run
+
+    def scoring(self) -> Iterator[Figure]:
+        corpus = samples(self.size.scored)
+        encoded = self.model.encode(corpus)
+        tokens = sum(len(each) for each in encoded)
+        mean = sum(len(each) ** 2 for each in encoded) / tokens
+        forward = self.forward_of(corpus)
+        last = in_the_last_layer(self.heads)
+        kinds = (
+            ("scoring_vs_forward", self.heads, {"depth": DEPTH}, 0.6, f"depth {DEPTH}"),
+            ("scoring_vs_forward_all_heads", self.heads, {}, 1.05, "depth heads"),
+            ("scoring_vs_forward_last_layer", last, {}, 1.05, "depth heads, worst head map"),
+        )
+        runs, depths, kept = [], [], []
+        for _, heads, options, _, _ in kinds:
+            scorer = HeadActivation(**options)
+            state = scorer.prepare(self.model, heads, Target(self.proxies, self.held_out))
+            depths.append(int(state["heads"][:, 0].max()))
+            kept.append(f"{len(state['heads'])} of {len(heads.task_heads)} task heads")
+            runs.append(lambda s=scorer, t=state: scored(s, self.model, t, corpus))
+        seconds = alternate(forward, *runs)
+        for place, (name, _, _, goal, what) in enumerate(kinds):
+            counted = tokens * scoring_operations(self.shape, mean, depths[place])
+            floor = counted / (tokens * forward_operations(self.shape, mean))
+            reached = counted / median(seconds[place + 1]) / self.rate
+            yield figure(
+                name,
+                f"head-activation from text to affinity ({what})",
+                "model(**batch), the same batches, tokenised before",
+                (seconds[place + 1], seconds[0]),
+                goal=goal,
+                model=self.shape.name,
+                floor=floor,
+                floor_of="operations up to the deepest head that is looked at",
+                note=(
+                    f"{kept[place]}, deepest in layer {depths[place]} of 0..{self.shape.layers - 1}"
+                    f" (sPAD after {PROXY_STEPS} proxy steps); {counted / 1e12:.2f} Tflop at "
+                    f"{reached:.0%} of {self.rate / 1e9:.0f} Gflop/s; padding "
+                    f"{padding_share(self.size.tokens_per_batch):.1%} on 4,096 samples"
+                ),
+            )
+
+    def chain(self) -> Figure:
+        corpus = samples(self.size.chain_scored, seed=3, in_domain=IN_DOMAIN)
+        forward = self.forward_of(corpus)
+        chain = HeadFilter(depth=DEPTH)
+        model = replace(self.model, tuned=self.tuned)
+        model.__dict__.update(
+            {k: v for k, v in self.model.__dict__.items() if k in ("model", "layers", "tokenizer")}
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            run = ChainRun(chain, model, self.heads, Target(self.proxies, self.held_out))
+            seconds = alternate(lambda: run(corpus, Path(folder)), forward)
+        share = run.passed[0] / len(corpus)
+        encoded = self.model.encode(corpus)
+        tokens = sum(len(each) for each in encoded)
+        mean = sum(len(each) ** 2 for each in encoded) / tokens
+        deepest = int(run.states[0]["heads"][:, 0].max())
+        whole = forward_operations(self.shape, mean)
+        return figure(
+            "chain_vs_forward",
+            f"head-filter (depth {DEPTH}), text to scores",
+            "model(**batch), the same batches, tokenised before",
+            (seconds[0], seconds[1]),
+            goal=1.0,
+            model=self.shape.name,
+            floor=scoring_operations(self.shape, mean, deepest) / whole + share,
+            floor_of="operations of step 1 for all and of a whole pass for what passes",
+            note=f"{IN_DOMAIN:.0%} of the corpus in domain, {share:.0%} passed to the second step",
+        )
+
+
+class ChainRun:
+    """A chain over one shard, with its files, as the flow runs it; preparing is not counted."""
+
+    def __init__(self, chain: Chain, model: CapturedModel, heads: HeadMap, target: Target) -> None:
+        self.steps, self.model = steps_of(chain), model
+        self.states = [step.scorer.prepare(model, heads, target) for step in self.steps]
+        self.passed: list[int] = []
+
+    def __call__(self, corpus: Sequence[Sample], folder: Path) -> None:
+        (shard,) = write_shards(corpus, folder, target_rows=len(corpus) * 4)
+        self.passed = []
+        waiting, previous = list(corpus), None
+        for number, (step, state) in enumerate(zip(self.steps, self.states, strict=True)):
+            measured = folder / f"{number}-{MEASURED}"
+            pq.write_table(measure_shard(step.scorer, self.model, state, waiting), measured)
+            scores = folder / f"{number}-{SCORES}"
+            pairs = MeasuredCorpus([(folder / shard.file, measured)])
+            outcome = score_corpus(step, state, pairs, scores, previous=previous)
+            self.passed.append(outcome.passed)
+            passing = passing_ids(scores, 0)
+            waiting = [sample for sample in corpus if sample.sample_id in passing]
+            previous = scores
+
+
+def ranked(model: CapturedModel, proxies: Sequence[Sample]) -> tuple[HeadMap, TunedSlices]:
+    """A head map by sPAD after a few steps of a proxy run, and the task heads' slices after it."""
+    network, layers = model.model, model.layers
+    every = slices_of(
+        layers, [(i, h) for i in range(len(layers)) for h in range(layers[0].n_query_heads)]
+    )
+    before = TunedSlices.from_model(network, every)
+    Attention().attach(network, layers, None, "")
+    moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(moving, lr=1e-4, weight_decay=0.0)
+    encoded = model.encode(proxies)
+    for step in range(PROXY_STEPS):
+        rows = encoded[step * PROXY_ROWS : (step + 1) * PROXY_ROWS]
+        batch = {k: v.to(model.device) for k, v in collate(rows, model.pad_id).items()}
+        network(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    del optimizer, moving
+    network.requires_grad_(False)
+    tuned = attention_slices(network, layers)
+    before.apply_(network)
+    scores = Spad().rank(RankingEvidence(network, layers, tuned, encoded))
+    heads = HeadMap.from_scores(scores, layers[0].n_kv_groups, 0.1)
+    tuned.apply_(network)
+    of_heads = TunedSlices.from_model(network, slices_of(layers, heads.task_heads))
+    before.apply_(network)
+    return heads, of_heads
+
+
+def in_the_last_layer(heads: HeadMap) -> HeadMap:
+    """The same map, but its first task head stands in the last layer."""
+    scores = heads.scores.clone()
+    scores[-1, 0] = scores.max() + 1
+    return HeadMap.from_scores(scores, heads.n_kv_groups, 0.1)
+
+
+def scored(
+    scorer: Scorer, model: CapturedModel, state: ScorerState, corpus: Sequence[Sample]
+) -> None:
+    """From text to affinity, nothing written."""
+    measured = measure_shard(scorer, model, state, corpus)
+    for _ in scorer.affinity(state, [measured]):
+        pass
+
+
+def padding_share(token_budget: int) -> float:
+    """Of all tokens in the batches of 4,096 samples of GSM8K-like lengths."""
+    from benchmarks.generated import tokenizer
+    from p2d_core.samples.tokens import Encoder, TextFormat
+
+    encoded = list(Encoder(tokenizer(), TextFormat(separator=" ")).encode_all(samples(4096)))
+    padded = sum(
+        len(batch) * max(len(encoded[i]) for i in batch)
+        for batch in batches_by_tokens(encoded, token_budget)
+    )
+    return 1 - sum(len(each) for each in encoded) / padded
+
+
+# -- growth ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Shards on disk."""
+
+    folder: Path
+    n: int
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.parquet"))
+
+
+def growth(size: Size) -> Iterator[Figure]:
+    """`scoring_growth`: seconds a sample and peak memory, at each number of samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpora = []
+        for n in size.growth:
+            corpora.append(_Corpus(Path(folder) / str(n), n))
+            write_shards(_generated(n), corpora[-1].folder)
+        run = GrowthRun()
+        seconds = alternate(*(lambda c=corpus: run(c) for corpus in corpora))
+        memory = [_peak_megabytes(corpus) for corpus in corpora]
+    a_sample = [[s / c.n for s in times] for times, c in zip(seconds, corpora, strict=True)]
+    middle = [median(times) for times in a_sample]
+    slowest, fastest = middle.index(max(middle)), middle.index(min(middle))
+    yield figure(
+        "scoring_growth",
+        f"seconds a sample, {corpora[slowest].n:,} samples",
+        f"seconds a sample, {corpora[fastest].n:,} samples",
+        (a_sample[slowest], a_sample[fastest]),
+        goal=1.05,
+        model=GROWTH_SHAPE.name,
+        floor=1.0,
+        floor_of="the same work for every sample",
+        note="; ".join(
+            f"{c.n:,}: {1e6 * each:.0f} us a sample, peak {megabytes:.0f} MB"
+            for c, each, megabytes in zip(corpora, middle, memory, strict=True)
+        )
+        + "; shards of 1,024, read, measured, written, scored",
+    )
+    low, high = memory[-2:]
+    yield figure(
+        "scoring_growth_memory",
+        f"peak memory, {corpora[-1].n:,} samples",
+        f"peak memory, {corpora[-2].n:,} samples",
+        (seconds[-1], seconds[-2]),
+        ratios=[high / low],
+        goal=1 + 50 / low,
+        model=GROWTH_SHAPE.name,
+        floor=1.0,
+        floor_of="the corpus is never whole in memory",
+        note=f"{high - low:+.0f} MB between them; the goal is 50 MB; a process each, one run",
+    )
+
+
+def _generated(n: int) -> Iterator[Sample]:
+    for start in range(0, n, 1000):
+        yield from samples(min(1000, n - start), seed=100 + start, in_domain=0.5, shorter=6.0)
+
+
+class GrowthRun:
+    """Measures and scores a corpus on disk with a model that costs next to nothing."""
+
+    def __init__(self) -> None:
+        from benchmarks.sizes import SIZES
+
+        self.model = captured(random_model(GROWTH_SHAPE, SIZES["cpu"]), SIZES["cpu"])
+        scores = torch.arange(8, dtype=torch.float64).view(2, 4)
+        heads = HeadMap.from_scores(scores, 2, 0.25)
+        self.step = steps_of(HeadFilter())[0]
+        self.state = self.step.scorer.prepare(
+            self.model, heads, Target(samples(64, seed=1, shorter=6.0), ())
+        )
+
+    def __call__(self, corpus: _Corpus) -> None:
+        parts = []
+        for number, shard in enumerate(corpus.shards):
+            measured = measure_shard(self.step.scorer, self.model, self.state, read_shard(shard))
+            parts.append((shard, corpus.folder / f"measured-{number:06d}.parquet"))
+            pq.write_table(measured, parts[-1][1], compression="zstd")
+        score_corpus(self.step, self.state, MeasuredCorpus(parts), corpus.folder / SCORES)
+
+
+def _peak_megabytes(corpus: _Corpus) -> float:
+    program = (
+        "import json, resource, sys; from pathlib import Path; import torch; "
+        "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
+        "scoring.GrowthRun()(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2]))); "
+        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))"
+    )
+    words = [sys.executable, "-c", program, str(corpus.folder), str(corpus.n)]
+    done = subprocess.run(
+        [*words, str(torch.get_num_threads())], capture_output=True, text=True, check=True
+    )
+    return float(json.loads(done.stdout.splitlines()[-1]))

@@ -1,0 +1,77 @@
+"""How large the benchmarks are: a default for two cores, and one for a GPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama with random weights; they need not be trained to be timed."""
+
+    name: str
+    hidden: int
+    layers: int
+    query_heads: int
+    kv_groups: int
+    head_dim: int
+    feed_forward: int
+    vocabulary: int
+
+    def config(self, **changes: Any) -> Any:
+        """As transformers takes it."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            **{
+                "vocab_size": self.vocabulary,
+                "hidden_size": self.hidden,
+                "intermediate_size": self.feed_forward,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.query_heads,
+                "num_key_value_heads": self.kv_groups,
+                "head_dim": self.head_dim,
+                "max_position_embeddings": 2048,
+                "tie_word_embeddings": True,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                **changes,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Size:
+    """Everything that `make bench` and `make bench SIZE=gpu` differ in."""
+
+    device: str
+    precision: str
+    shapes: tuple[Shape, ...]
+    ranking_shapes: tuple[Shape, ...]
+    scored: int
+    """Samples in a run of `scoring_vs_forward`."""
+    tokens_per_batch: int
+    train_rows: int
+    """Samples in a training step."""
+    chain_scored: int
+    growth: tuple[int, ...] = (1_000, 10_000, 100_000)
+    subset_rows: int = 10_000_000
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+
+
+SMALL = Shape("31M-llama", 384, 16, 12, 4, 32, 1024, 16_000)
+LLAMA_1B = Shape("llama-3.2-1b-shape", 2048, 16, 32, 8, 64, 8192, 128_256)
+QWEN_HALF_B = Shape("qwen2.5-0.5b-shape", 896, 24, 14, 2, 64, 4864, 151_936)
+QWEN_7B = Shape("qwen2.5-7b-shape", 3584, 28, 28, 4, 128, 18_944, 152_064)
+
+SIZES = {
+    "cpu": Size("cpu", "float32", (SMALL,), (QWEN_HALF_B,), 24, 2048, 4, 48),
+    "gpu": Size(
+        "cuda", "bfloat16", (LLAMA_1B, QWEN_7B), (QWEN_HALF_B, QWEN_7B), 2048, 32_768, 16, 2048
+    ),
+}

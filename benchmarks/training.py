@@ -1,0 +1,219 @@
+"""A training step that moves the task heads alone, against full fine-tuning and LoRA."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.counted import forward_operations, layer_operations
+from benchmarks.figures import Figure, alternate, figure
+from benchmarks.generated import captured, random_model, samples
+from benchmarks.memory import peak_megabytes
+from benchmarks.sizes import Shape, Size
+from p2d_core.adaptation.masked import attach_head_deltas
+from p2d_core.attention.layout import attention_layers
+from p2d_core.samples.tokens import collate
+
+Heads = Sequence[tuple[int, int]]
+Moving = tuple[list[nn.Parameter], bool]
+"""What moves, and whether it is the network's own weights."""
+
+
+def measure(size: Size) -> Iterator[Figure]:
+    """`masked_vs_full_step`, its upper half, `masked_vs_lora_step`, `masked_vs_full_memory`."""
+    for shape in size.shapes:
+        try:
+            yield from _Bench(size, shape).figures()
+        except torch.OutOfMemoryError:
+            # full fine-tuning of a large model does not fit on every GPU: there is no figure then
+            print(f"{shape.name}: a full fine-tuning step does not fit into memory; left out")
+
+
+class _Bench:
+    """One model, one batch; the arms take turns in the same weights."""
+
+    def __init__(self, size: Size, shape: Shape) -> None:
+        self.size, self.shape = size, shape
+        self.network = random_model(shape, size)
+        model = captured(self.network, size)
+        rows = model.encode(samples(size.train_rows, seed=4))
+        self.batch = {k: v.to(model.device) for k, v in collate(rows, model.pad_id).items()}
+        self.tokens = int(self.batch["attention_mask"].sum())
+        self.mean = sum(len(row) ** 2 for row in rows) / self.tokens
+
+    def figures(self) -> Iterator[Figure]:
+        n_layers = self.shape.layers
+        everywhere = spread(self.shape, 0, n_layers)
+        upper = spread(self.shape, n_layers // 2, n_layers)
+        arms = {
+            "full": full(self.network),
+            "masked": masked(self.network, everywhere),
+            "upper": masked(self.network, upper),
+        }
+        arms["lora"] = lora(self.network, arms["masked"].n_moving)
+        steps = {name: self.step(arm) for name, arm in arms.items()}
+        seconds = dict(zip(steps, alternate(*steps.values(), runs=7), strict=True))
+        kept = {name: self.kept_bytes(arms[name]) for name in ("full", "masked", "upper")}
+        rows, longest = self.batch["input_ids"].shape
+        where = f"{rows} samples, {self.tokens:,} tokens, padded to {longest}"
+        worst = f"task heads in every layer, {arms['masked'].n_moving:,} parameters move"
+        for name, arm, other, goal, what, floor, note in (
+            ("masked_vs_full_step", "masked", "full", 0.67, worst, self.floor(0), where),
+            (
+                "masked_upper_half_vs_full_step", "upper", "full", 0.6,
+                f"lowest task head in layer {n_layers // 2}", self.floor(n_layers // 2), where,
+            ),
+            (
+                "masked_vs_lora_step", "masked", "lora", 0.95, worst, None,
+                f"{arms['lora'].n_moving:,} parameters of LoRA on q, k, v move",
+            ),
+        ):  # fmt: skip
+            yield figure(
+                name,
+                f"step of head deltas ({what})",
+                {"full": "step of all parameters", "lora": "step of PEFT LoRA on q, k, v"}[other],
+                (seconds[arm], seconds[other]),
+                goal=goal,
+                model=self.shape.name,
+                floor=floor,
+                floor_of="operations of the products; AdamW and norms are not counted",
+                note=note,
+            )
+        peaks = {name: peak_megabytes(steps[name]) for name in ("full", "masked")}
+        yield figure(
+            "masked_vs_full_memory",
+            f"bytes beyond the weights ({worst})",
+            "bytes beyond the weights, all parameters",
+            (seconds["masked"], seconds["full"]),
+            ratios=[kept["masked"].total / kept["full"].total],
+            goal=0.2,
+            model=self.shape.name,
+            floor=kept["masked"].state / kept["full"].state,
+            floor_of="gradients and optimizer state alone, no activation kept",
+            note=(
+                f"{kept['masked']} against {kept['full']}; upper half {kept['upper']}, ratio "
+                f"{kept['upper'].total / kept['full'].total:.2f}; peak of a step "
+                f"{peaks['masked']:.0f} against {peaks['full']:.0f} MB; {where}"
+            ),
+        )
+
+    def step(self, arm: Arm) -> Callable[[], None]:
+        """Forward, backward, clipping, AdamW."""
+
+        def run() -> None:
+            arm.ready()
+            arm.model.train()
+            arm.model(**self.batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(arm.parameters, 1.0)
+            arm.optimizer.step()
+            arm.optimizer.zero_grad(set_to_none=True)
+
+        return run
+
+    def kept_bytes(self, arm: Arm) -> Kept:
+        """What lies in memory between forward and backward, and after it; weights not counted."""
+        weights = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        arm.ready()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = arm.model(**self.batch, use_cache=False).loss
+        activations = sum(seen.values())
+        loss.backward()
+        gradients = sum(p.grad.nbytes for p in arm.parameters if p.grad is not None)
+        arm.optimizer.zero_grad(set_to_none=True)
+        state = sum(
+            value.nbytes
+            for each in arm.optimizer.state.values()
+            for value in each.values()
+            if isinstance(value, Tensor)
+        )
+        return Kept(gradients + state, activations)
+
+    def floor(self, lowest: int) -> float:
+        """Of a full step's products: forward, and the inputs' gradients down to ``lowest``."""
+        whole = forward_operations(self.shape, self.mean)
+        below = lowest * layer_operations(self.shape, self.mean)
+        return (2 * whole - below) / (3 * whole)
+
+
+@dataclass
+class Kept:
+    """Bytes beyond the weights."""
+
+    state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations
+
+    def __str__(self) -> str:
+        return f"{self.state / 2**20:.0f} MB state + {self.activations / 2**20:.0f} MB activations"
+
+
+class Arm:
+    """A way to train the network's weights; every arm has modules of its own around them."""
+
+    def __init__(self, model: Any, weights: Sequence[nn.Parameter], moving: Moving) -> None:
+        self.model, self.weights = model, weights
+        self.parameters, self.moves_weights = moving
+        self.n_moving = sum(p.numel() for p in self.parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
+
+    def ready(self) -> None:
+        """The weights are shared: another arm may have left them the other way."""
+        for weight in self.weights:
+            weight.requires_grad_(self.moves_weights)
+
+
+def full(network: Any) -> Arm:
+    """All parameters."""
+    weights = list(network.parameters())
+    return Arm(network, weights, (weights, True))
+
+
+def masked(network: Any, heads: Heads) -> Arm:
+    """The task heads' slices."""
+    model = around(network)
+    deltas = attach_head_deltas(model, attention_layers(model), heads)
+    return Arm(model, list(network.parameters()), (list(deltas.parameters()), False))
+
+
+def lora(network: Any, n_wanted: int) -> Arm:
+    """PEFT LoRA on q, k and v of all layers, of the rank nearest to that many parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = attention_layers(network)
+    targets = [path for layer in layers for path in (layer.q, layer.k, layer.v)]
+    shapes = [network.get_submodule(path).weight.shape for path in targets]
+    rank = max(1, round(n_wanted / sum(sum(shape) for shape in shapes)))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
+    weights = list(network.parameters())
+    model = get_peft_model(around(network), config)
+    added = [p for name, p in model.named_parameters() if "lora_" in name]
+    return Arm(model, weights, (added, False))
+
+
+def around(network: Any) -> Any:
+    """Modules of their own around the same weights."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters()})
+
+
+def spread(shape: Shape, first: int, stop: int) -> Heads:
+    """A tenth of all heads, evenly over the layers first..stop-1, both ends among them."""
+    count = max(2, math.ceil(0.1 * shape.layers * shape.query_heads))
+    layers = [first + round(i * (stop - 1 - first) / (count - 1)) for i in range(count)]
+    return [(layer, (5 * i) % shape.query_heads) for i, layer in enumerate(layers)]
