@@ -37,8 +37,10 @@ from p2d_core.samples.tokens import batches_by_tokens, collate
 
 DEPTH = 0.5
 IN_DOMAIN = 0.25
-GROWTH_SHAPE = Shape("tiny-llama", 64, 2, 4, 2, 16, 128, 8_004)
+GROWTH_SHAPE = Shape("tiny-llama", 32, 1, 2, 1, 16, 32, 8_004)
 PROXY_STEPS, PROXY_ROWS = 3, 8
+SHORTER = 12.0
+"""Growth is of reading, tokenising, comparing and writing: its samples and its model are tiny."""
 
 
 def measure(size: Size) -> Iterator[Figure]:
@@ -66,13 +68,17 @@ class _Bench:
         """``model(**batch)`` on the batches that scoring makes of these samples."""
         encoded = self.model.encode(corpus)
         batches = [
-            {name: batch[name] for name in ("input_ids", "attention_mask")}
-            for _, batch in self.model.batches(encoded)
+            collate([encoded[i] for i in positions], self.model.pad_id)
+            for positions in batches_by_tokens(encoded, self.size.tokens_per_batch)
+        ]
+        given = [
+            {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            for batch in batches
         ]
 
         def run() -> None:
             with torch.inference_mode():
-                for batch in batches:
+                for batch in given:
                     self.model.model(**batch)
 
         return run
@@ -290,7 +296,7 @@ def growth(size: Size) -> Iterator[Figure]:
 
 def _generated(n: int) -> Iterator[Sample]:
     for start in range(0, n, 1000):
-        yield from samples(min(1000, n - start), seed=100 + start, in_domain=0.5, shorter=6.0)
+        yield from samples(min(1000, n - start), seed=100 + start, in_domain=0.5, shorter=SHORTER)
 
 
 class GrowthRun:
@@ -300,11 +306,11 @@ class GrowthRun:
         from benchmarks.sizes import SIZES
 
         self.model = captured(random_model(GROWTH_SHAPE, SIZES["cpu"]), SIZES["cpu"])
-        scores = torch.arange(8, dtype=torch.float64).view(2, 4)
-        heads = HeadMap.from_scores(scores, 2, 0.25)
+        scores = torch.arange(2, dtype=torch.float64).view(1, 2)
+        heads = HeadMap.from_scores(scores, 1, 1.0)
         self.step = steps_of(HeadFilter())[0]
         self.state = self.step.scorer.prepare(
-            self.model, heads, Target(samples(64, seed=1, shorter=6.0), ())
+            self.model, heads, Target(samples(64, seed=1, shorter=SHORTER), ())
         )
 
     def __call__(self, corpus: _Corpus) -> None:

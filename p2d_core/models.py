@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +23,9 @@ from p2d_core.samples.tokens import (
     EncodedSample,
     Encoder,
     TextFormat,
-    batches_by_tokens,
+    TokenBudget,
     collate,
+    each_batch,
 )
 from p2d_core.store.recipe import hash_files
 
@@ -171,6 +172,9 @@ class CapturedModel:
     text: TextFormat = field(default_factory=TextFormat)
     tokens_per_batch: int = 8192
     tuned: TunedSlices | None = None
+    _encoded: tuple[Sequence[Sample], list[EncodedSample]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -194,22 +198,34 @@ class CapturedModel:
         """Where its heads are."""
         return attention_layers(self.model)
 
+    @cached_property
+    def budget(self) -> TokenBudget:
+        """Of the batches: ``tokens_per_batch``, or less once memory ran out."""
+        return TokenBudget(self.tokens_per_batch)
+
     @property
     def pad_id(self) -> int:
         """Token id that fills batches; never attended to."""
         return self.encoder.pad_id
 
     def encode(self, samples: Sequence[Sample]) -> list[EncodedSample]:
-        """Token ids of each sample, in order."""
-        return list(self.encoder.encode_all(samples))
+        """Token ids of each sample, in order; kept until other samples are asked for."""
+        if self._encoded is None or self._encoded[0] is not samples:
+            self._encoded = (samples, list(self.encoder.encode_all(samples)))
+        return self._encoded[1]
 
-    def batches(
-        self, encoded: Sequence[EncodedSample]
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Positions in ``encoded`` and their collated tensors, on the device."""
-        for positions in batches_by_tokens(encoded, token_budget=self.tokens_per_batch):
-            batch = collate([encoded[i] for i in positions], self.pad_id)
-            yield positions, {name: tensor.to(self.device) for name, tensor in batch.items()}
+    def each_batch(
+        self, encoded: Sequence[EncodedSample], work: Callable[[dict[str, Tensor]], Tensor]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """What ``work`` makes of each collated batch (on the CPU), with positions in ``encoded``.
+
+        Batches become smaller when memory runs out; see `p2d_core.samples.tokens.each_batch`.
+        """
+
+        def of(positions: list[int]) -> Tensor:
+            return work(collate([encoded[i] for i in positions], self.pad_id))
+
+        return each_batch(encoded, self.budget, of)
 
     @contextmanager
     def looking_through(self, *, tuned: bool) -> Iterator[None]:
@@ -225,7 +241,11 @@ class CapturedModel:
 
     def losses_of(self, model: nn.Module, encoded: Sequence[EncodedSample]) -> Tensor:
         """`response_losses` under another model on the same device, such as one in training."""
-        losses = torch.empty(len(encoded), dtype=torch.float32)
-        for positions, batch in self.batches(encoded):
-            losses[positions] = response_losses(model, batch).cpu()
-        return losses
+
+        def of(batch: dict[str, Tensor]) -> Tensor:
+            return response_losses(model, {k: v.to(self.device) for k, v in batch.items()})
+
+        losses = torch.empty(len(encoded), dtype=torch.float32, device=self.device)
+        for positions, part in self.each_batch(encoded, of):
+            losses[positions] = part.float()
+        return losses.cpu()

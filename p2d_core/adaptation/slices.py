@@ -98,11 +98,13 @@ class TunedSlices:
             TunedSlices(before).apply_(model)
 
     def patched(self, module: str, weight: Tensor) -> Tensor:
-        """A copy of that module's weight with the new values in it; the weight itself if none."""
+        """That module's weight with the new values in it, not to be written to."""
         if module not in self.blocks:
             return weight
         block = self.blocks[module]
         _check(module, block, weight)
+        if block.values.shape == weight.shape:
+            return block.values.to(weight)
         copy = weight.detach().clone()
         _write(copy, block)
         return copy

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
@@ -20,6 +21,8 @@ from p2d_core.errors import HeadMapError, SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
+
+OUTPUTS = "head_outputs"
 
 
 @scorers.register("head-activation")
@@ -42,6 +45,12 @@ class HeadActivation:
     depth: Literal["heads"] | float = "heads"
     """Share of the layers, in (0, 1], beyond which task heads are not looked at; heads: none is."""
 
+    version: ClassVar[str] = "1"
+    measures_target: ClassVar[bool] = False
+    measured_by: ClassVar[tuple[str, ...]] = ("depth",)
+    needs_heads: ClassVar[bool] = True
+    needs_head_proxy: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.depth != "heads" and not (
             isinstance(self.depth, int | float) and 0 < self.depth <= 1
@@ -50,12 +59,6 @@ class HeadActivation:
                 f"head-activation: depth is {self.depth!r}; it has to be 'heads' or a share of the "
                 "layers in (0, 1]."
             )
-
-    version: ClassVar[str] = "1"
-    measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ()
-    needs_heads: ClassVar[bool] = True
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, n_heads, head_dim]."""
@@ -95,15 +98,20 @@ class HeadActivation:
         outputs = self._outputs(model, state, shard)
         width = outputs[0].numel()
         flat = pa.array(outputs.reshape(-1).numpy())
-        return {"head_outputs": pa.FixedSizeListArray.from_arrays(flat, width)}
+        return {OUTPUTS: pa.FixedSizeListArray.from_arrays(flat, width)}
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """In [-1, 1]."""
         whiten = self._whitening(state, measured)
         references = whiten(state["proxy"])
-        for table in measured:
+        for table in only(measured, OUTPUTS):
             vectors = whiten(_outputs_of(table, state))
             yield pa.array(nearest_mean(vectors @ references.T, self.neighbours).numpy())
+
+    def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
+        """``mean`` and ``matrix`` of the whitening too."""
+        whitening = self._whitening(state, measured)
+        return state | {"mean": whitening.mean, "matrix": whitening.matrix}
 
     def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
         """Of the proxy samples, each left out of its own neighbours."""
@@ -114,27 +122,29 @@ class HeadActivation:
         self, model: CapturedModel, state: ScorerState, samples: Sequence[Sample]
     ) -> Tensor:
         heads = [(int(layer), int(head)) for layer, head in state["heads"]]
-        encoded = model.encode(samples)
-        outputs = torch.empty(len(samples), len(heads), model.layers[0].head_dim)
-        for positions, batch in model.batches(encoded):
-            outputs[positions] = (
-                mean_head_outputs(
-                    model.model, model.layers, heads, batch["input_ids"], batch["attention_mask"]
-                )
-                .float()
-                .cpu()
-            )
-        return outputs
+        # copied from the device once a shard: to wait for every batch would leave it idle between
+        shape = (len(samples), len(heads), model.layers[0].head_dim)
+        outputs = torch.empty(shape, device=model.device)
+
+        def of(batch: dict[str, Tensor]) -> Tensor:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            return mean_head_outputs(model.model, model.layers, heads, ids, mask)
+
+        for positions, part in model.each_batch(model.encode(samples), of):
+            outputs[positions] = part
+        return outputs.cpu()
 
     def _whitening(self, state: ScorerState, measured: Iterable[pa.Table]) -> _Whitening:
+        if "matrix" in state:
+            return _Whitening(state["mean"], state["matrix"])
         moments = _Moments(*state["proxy"].shape[1:])
-        for table in measured:
+        for table in only(measured, OUTPUTS):
             moments.add(_outputs_of(table, state))
         return moments.whitening(self.shrinkage)
 
 
 def _outputs_of(table: pa.Table, state: ScorerState) -> Tensor:
-    column = table["head_outputs"].combine_chunks()
+    column = table[OUTPUTS].combine_chunks()
     values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
     return torch.from_numpy(values.copy()).view(len(table), *state["proxy"].shape[1:])
 

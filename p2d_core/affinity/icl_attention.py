@@ -19,7 +19,7 @@ from p2d_core.attention.capture import attention_paid
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
-from p2d_core.samples.tokens import EncodedSample, batches_by_tokens
+from p2d_core.samples.tokens import EncodedSample, each_batch
 
 NOTHING, DEMONSTRATION, QUERY_RESPONSE = -1, 1, -2
 
@@ -75,9 +75,8 @@ class IclAttention:
         for sample in model.encode(shard):
             sequences += [self._sequence(sample, proxies, draw) for draw in range(self.draws)]
         paid = torch.empty(len(sequences), len(heads))
-        for positions in batches_by_tokens(
-            [sequence.tokens for sequence in sequences], token_budget=model.tokens_per_batch
-        ):
+
+        def of(positions: list[int]) -> Tensor:
             ids, mask, rows, segments = _collate([sequences[i] for i in positions], model.pad_id)
             shares = attention_paid(
                 model.model,
@@ -91,7 +90,11 @@ class IclAttention:
             ).cpu()
             sizes = torch.stack([(segments == part).sum(dim=1) for part in (0, 1)], dim=1)
             a_token = shares / sizes[:, None, :].clamp(min=1)
-            paid[positions] = a_token[..., 0] / a_token[..., 1].clamp(min=1e-9)
+            return a_token[..., 0] / a_token[..., 1].clamp(min=1e-9)
+
+        tokens = [sequence.tokens for sequence in sequences]
+        for positions, part in each_batch(tokens, model.budget, of):
+            paid[positions] = part
         mean = paid.view(len(shard), self.draws, len(heads)).mean(dim=1).contiguous()
         flat = pa.array(mean.reshape(-1).numpy())
         return {"attention": pa.FixedSizeListArray.from_arrays(flat, len(heads))}

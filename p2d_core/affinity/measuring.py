@@ -1,7 +1,9 @@
 """One shard of the corpus through a scorer's dear step."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
 
 MEASURED = "measured.parquet"
+SAMPLE_COLUMNS = ("source", "prompt", "response")
 
 
 def measure_shard(
@@ -39,6 +42,12 @@ class MeasuredCorpus:
     """
 
     parts: Sequence[tuple[Path, Path]]
+    columns: tuple[str, ...] | None = None
+    """What is read; everything if None."""
+
+    def only(self, *columns: str) -> MeasuredCorpus:
+        """The same corpus, of which no other columns are read."""
+        return replace(self, columns=columns)
 
     def __iter__(self) -> Iterator[pa.Table]:
         return (table for table in self.by_shard() if len(table))
@@ -46,15 +55,25 @@ class MeasuredCorpus:
     def by_shard(self) -> Iterator[pa.Table]:
         """One table for each shard, empty where nothing was measured of it."""
         for shard, measurement in self.parts:
-            yield _joined(shard, measurement)
+            yield _joined(shard, measurement, self.columns)
 
 
-def _joined(shard: Path, measurement: Path) -> pa.Table:
-    measured = pq.read_table(measurement)
-    samples = pq.read_table(shard, columns=["sample_id", "source", "prompt", "response"])
+def only(measured: Iterable[pa.Table], *columns: str) -> Iterable[pa.Table]:
+    """The tables, read without other columns where they come from files."""
+    return measured.only(*columns) if isinstance(measured, MeasuredCorpus) else measured
+
+
+def _joined(shard: Path, measurement: Path, columns: tuple[str, ...] | None) -> pa.Table:
+    of_samples = [name for name in SAMPLE_COLUMNS if columns is None or name in columns]
+    if columns is not None and not of_samples:
+        return pq.read_table(measurement, columns=list(columns))
+    there = pq.read_schema(measurement).names
+    wanted = [name for name in there if columns is None or name in (*columns, "sample_id")]
+    measured = pq.read_table(measurement, columns=wanted)
+    samples = pq.read_table(shard, columns=["sample_id", *of_samples])
     if len(measured) < len(samples):
-        wanted = pc.is_in(samples["sample_id"], measured["sample_id"].combine_chunks())
-        samples = samples.filter(wanted)
+        rows = pc.is_in(samples["sample_id"], measured["sample_id"].combine_chunks())
+        samples = samples.filter(rows)
     for name in measured.column_names[1:]:
         samples = samples.append_column(name, measured[name])
     return samples

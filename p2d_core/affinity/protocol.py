@@ -87,6 +87,15 @@ class Gauged(Protocol):
         ...
 
 
+@runtime_checkable
+class Fitted(Protocol):
+    """A scorer whose affinities, gauge and all, need something of the whole corpus first."""
+
+    def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
+        """The state with it, so that the corpus is read for it once."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One scorer of a chain, with the gate to the next."""

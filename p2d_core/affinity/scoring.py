@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import torch
 
 from p2d_core.affinity.measuring import MeasuredCorpus
-from p2d_core.affinity.protocol import Gauged, ScorerState, Step
+from p2d_core.affinity.protocol import Fitted, Gauged, ScorerState, Step
 from p2d_core.errors import P2DError
 
 SCORES = "scores.parquet"
+KEPT = ("sample_id", "source", "n_tokens", "n_response_tokens")
+"""Of a measurement, in the scores."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,15 @@ def score_corpus(
     Args:
         previous: the scores of the step before, of which this one measured what passed.
     """
+    if isinstance(step.scorer, Fitted):
+        state = step.scorer.fit(state, measured)
     gate = gate_of(step, state, measured)
     outcome = ScoredCorpus(gate=gate)
     affinities = iter(step.scorer.affinity(state, measured))
     before = pq.ParquetFile(previous) if previous is not None else None
     writer: pq.ParquetWriter | None = None
     try:
-        for index, table in enumerate(measured.by_shard()):
+        for index, table in enumerate(measured.only(*KEPT).by_shard()):
             affinity = _checked(next(affinities), step, table) if len(table) else np.empty(0)
             if before is None:
                 scored = _first(step, gate, table, affinity)

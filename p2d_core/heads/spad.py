@@ -113,8 +113,9 @@ def spad(
     # away in float32
     moved = _softmax(before, temperature).sub_(_softmax(after, temperature))
     if support == "positions":
-        return moved.cumsum_(1).abs_().sum(1)
-    return moved.abs_().mean(1)
+        moved.cumsum_(1)
+    distance = torch.linalg.vector_norm(moved, ord=1, dim=1)
+    return distance if support == "positions" else distance / moved.shape[1]
 
 
 def _sorted(entries: Tensor) -> Tensor:
@@ -127,4 +128,6 @@ def _sorted(entries: Tensor) -> Tensor:
 
 
 def _softmax(entries: Tensor, temperature: float) -> Tensor:
-    return (entries.double() / temperature).softmax(1)
+    if temperature != 1:
+        entries = entries.double() / temperature
+    return entries.softmax(1, dtype=torch.float64)

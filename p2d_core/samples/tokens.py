@@ -1,8 +1,9 @@
 """Samples as token ids, and token ids as padded batches of about equal cost."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ IGNORED_LABEL = -100
 
 _TOKENIZED_AT_ONCE = 1024
 
+log = logging.getLogger(__name__)
+
 _Role = Literal["prompt", "response"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,20 +151,67 @@ def _not_tokenized(role: _Role, sample: Sample, what: str) -> DataError:
     )
 
 
+@dataclass
+class TokenBudget:
+    """How many tokens a padded batch may have; who shares it shares what was learnt of it."""
+
+    tokens: int
+
+
+def each_batch(
+    encoded: Sequence[EncodedSample], budget: TokenBudget, work: Callable[[list[int]], _T]
+) -> Iterator[tuple[list[int], _T]]:
+    """What ``work`` makes of each batch, given and yielded as indices of samples.
+
+    When the device's memory runs out, the batch is cut in half and so is the budget, for all
+    batches to come.
+
+    Raises:
+        torch.OutOfMemoryError: a single sample does not fit.
+    """
+    for batch in batches_by_tokens(encoded, budget):
+        waiting = [batch]
+        while waiting:
+            indices = waiting.pop()
+            failed = None
+            try:
+                made = work(indices)
+            except torch.OutOfMemoryError as error:
+                if len(indices) == 1:
+                    raise
+                failed = str(error)
+            if failed is None:
+                yield indices, made
+                continue
+            # outside of `except`: there the error would still hold the tensors of what failed
+            torch.cuda.empty_cache()
+            budget.tokens = max(1, min(budget.tokens, _padded(encoded, indices)) // 2)
+            log.warning("out of memory: batches have at most %d tokens now", budget.tokens)
+            half = (len(indices) + 1) // 2
+            waiting += [indices[half:], indices[:half]]
+
+
+def _padded(encoded: Sequence[EncodedSample], indices: Sequence[int]) -> int:
+    return len(indices) * max(len(encoded[index]) for index in indices)
+
+
 def batches_by_tokens(
-    encoded: Sequence[EncodedSample], token_budget: int = 8192, window: int = 2048
+    encoded: Sequence[EncodedSample],
+    token_budget: int | TokenBudget = 8192,
+    window: int = 2048,
 ) -> Iterator[list[int]]:
     """Indices of samples of like length; a padded batch has at most ``token_budget`` tokens.
 
     Samples are sorted by length inside windows of ``window`` samples, the longest first: what does
     not fit into memory shows at once. A sample longer than the budget is a batch of its own.
     """
+    budget = TokenBudget(token_budget) if isinstance(token_budget, int) else token_budget
     for start in range(0, len(encoded), window):
         indices = range(start, min(start + window, len(encoded)))
         batch: list[int] = []
         longest = 0
         for index in sorted(indices, key=lambda each: (-len(encoded[each]), each)):
-            if batch and (len(batch) + 1) * longest > token_budget:
+            if batch and (len(batch) + 1) * longest > budget.tokens:
                 yield batch
                 batch = []
             if not batch:

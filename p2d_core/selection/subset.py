@@ -123,6 +123,14 @@ ORDER BY md5($seed || ':' || sample_id)
 LIMIT $wanted
 """
 
+FILL = """
+INSERT INTO chosen
+SELECT sample_id, source, affinity, 'affinity' FROM read_parquet($scores)
+WHERE sample_id NOT IN (SELECT sample_id FROM chosen)
+ORDER BY gates_passed DESC, affinity DESC, sample_id
+LIMIT $missing
+"""
+
 RESULT = """
 COPY (
     SELECT corpus.*, scores.* EXCLUDE (sample_id, source), chosen.chosen_by
@@ -241,7 +249,11 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
         run(REPLAY, scores=str(scores), **values)
         replayed = sum(_by_source(run.connection).values()) - sum(chosen.values())
         if replayed < replay:
-            notes.append(f"replay: {replay} samples were wanted, other sources have {replayed}")
+            notes.append(
+                f"replay: {replay} samples were wanted, other sources have {replayed}; "
+                "the rest is by affinity"
+            )
+            run(FILL, scores=str(scores), missing=replay - replayed)
     chosen = _by_source(run.connection)
     return Subset(
         rows=sum(chosen.values()),
