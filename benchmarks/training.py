@@ -58,7 +58,7 @@ class _Bench:
         }
         arms["lora"] = lora(self.network, arms["masked"].n_moving)
         steps = {name: self.step(arm) for name, arm in arms.items()}
-        seconds = dict(zip(steps, alternate(*steps.values(), runs=7), strict=True))
+        seconds = dict(zip(steps, alternate(*steps.values()), strict=True))
         kept = {name: self.kept_bytes(arms[name]) for name in ("full", "masked", "upper")}
         rows, longest = self.batch["input_ids"].shape
         where = f"{rows} samples, {self.tokens:,} tokens, padded to {longest}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from prefect import flow, unmapped
@@ -74,6 +76,8 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
+    # seconds that would otherwise come after those in which Prefect's server starts
+    threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
     checked = _checked.set(inputs)
     try:
         return named(settings, store=str(store.resolve()), head_map=head_map)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus
 from p2d_core.affinity.scoring import SCORES, score_corpus
 from p2d_core.store import ArtifactRef, Making
@@ -53,7 +54,12 @@ def score(
     gates = dict(previous.manifest.facts["gates"]) if previous is not None else {}
     if outcome.gate is not None:
         gates[one.name] = {"threshold": outcome.gate.threshold, "passed": outcome.passed}
+    kept = previous.manifest.facts.get("head_score_kept") if previous is not None else None
+    head_map = head_map_of(heads)
+    if head_map is not None and isinstance(one.scorer, HeadActivation):
+        kept = one.scorer.score_kept(head_map)
     making.facts |= {
+        "head_score_kept": kept,
         "rows": outcome.rows,
         "passed": outcome.passed,
         "gates": gates,

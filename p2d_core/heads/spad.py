@@ -48,6 +48,7 @@ class Spad:
         """One KV group at a time, so that a few heads' matrices are all that is ever held."""
         proxy = evidence.tuned()
         scores = evidence.empty_scores()
+        scratch: Tensor | None = None
         for done, layer in enumerate(evidence.layers, start=1):
             base = projection_weights(evidence.model, layer)
             paths = {"q": layer.q, "k": layer.k, "v": layer.v}
@@ -55,11 +56,19 @@ class Spad:
             per_group = layer.n_query_heads // layer.n_kv_groups
             for group in range(layer.n_kv_groups):
                 of_group = slice(group * per_group, (group + 1) * per_group)
+                before, after = (
+                    head_matrices(each["q"], each["k"], each["v"], group, layer.head_dim)
+                    for each in (base, tuned)
+                )
+                if scratch is None:
+                    shape = (2, per_group, before[0].numel())
+                    scratch = before.new_empty(shape, dtype=torch.float64)
                 scores[layer.index, of_group] = spad(
-                    head_matrices(base["q"], base["k"], base["v"], group, layer.head_dim),
-                    head_matrices(tuned["q"], tuned["k"], tuned["v"], group, layer.head_dim),
+                    before,
+                    after,
                     temperature=self.temperature,
                     support=self.support,
+                    scratch=scratch,
                 ).cpu()
             evidence.progress(done, len(evidence.layers))
         return scores
@@ -85,7 +94,12 @@ def head_matrices(q: Tensor, k: Tensor, v: Tensor, group: int, head_dim: int) ->
 
 
 def spad(
-    base: Tensor, proxy: Tensor, *, temperature: float = 1.0, support: Support = "positions"
+    base: Tensor,
+    proxy: Tensor,
+    *,
+    temperature: float = 1.0,
+    support: Support = "positions",
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Parameter-alignment distribution scores of several heads.
 
@@ -93,6 +107,8 @@ def spad(
         base: head matrices of the base model, ``[heads, rows, cols]``.
         proxy: the same heads after the proxy run, same shape.
         temperature: softmax temperature, dimensionless, > 0.
+        scratch: float64, ``[2, heads, rows * cols]``, written over. New memory for every call costs
+            more than what is computed in it.
 
     Returns:
         ``[heads]`` in float64, >= 0; higher means more task-sensitive.
@@ -111,7 +127,14 @@ def spad(
         before, after = _sorted(before), _sorted(after)
     # float64: the probabilities are near 1 / entries, and what a proxy run changes of them rounds
     # away in float32
-    moved = _softmax(before, temperature).sub_(_softmax(after, temperature))
+    if scratch is None:
+        scratch = before.new_empty((2, *before.shape), dtype=torch.float64)
+    moved, other = scratch
+    before_sum, after_sum = (
+        _exponentials(before, temperature, moved),
+        _exponentials(after, temperature, other),
+    )
+    moved.div_(before_sum).addcdiv_(other, after_sum, value=-1)
     if support == "positions":
         moved.cumsum_(1)
     distance = torch.linalg.vector_norm(moved, ord=1, dim=1)
@@ -127,7 +150,10 @@ def _sorted(entries: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(entries.detach().to(dtype).numpy(), axis=1))
 
 
-def _softmax(entries: Tensor, temperature: float) -> Tensor:
+def _exponentials(entries: Tensor, temperature: float, into: Tensor) -> Tensor:
+    """A softmax that is not yet divided by its sum, which is returned, ``[heads, 1]``."""
+    into.copy_(entries)
     if temperature != 1:
-        entries = entries.double() / temperature
-    return entries.softmax(1, dtype=torch.float64)
+        into.div_(temperature)
+    total: Tensor = into.sub_(into.amax(1, keepdim=True)).exp_().sum(1, keepdim=True)
+    return total

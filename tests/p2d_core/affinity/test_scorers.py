@@ -11,7 +11,7 @@ from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
 from p2d_core.attention.layout import slices_of
-from p2d_core.errors import SettingsError, UnknownNameError
+from p2d_core.errors import HeadMapError, SettingsError, UnknownNameError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample, sample_id_of
@@ -222,3 +222,25 @@ def test_an_unknown_or_wrong_setting_of_a_scorer_is_refused():
         scorers.make("head-activation", {"neighbors": 3})
     with pytest.raises(SettingsError, match="setting `neighbours` was 'many'"):
         scorers.make("head-activation", {"neighbours": "many"})
+
+
+def test_with_a_depth_deeper_task_heads_are_not_looked_at(model, heads):
+    scorer = HeadActivation(depth=0.6)  # 2 of 3 layers
+    assert scorer.looked_at(heads) == ((1, 3), (1, 6))
+    assert scorer.score_kept(heads) == pytest.approx(5 / 6)
+    corpus = samples(4)
+    measured = measure_shard(scorer, model, scorer.prepare(model, heads, TARGET), corpus)
+    whole = HeadActivation()
+    of_all = measure_shard(whole, model, whole.prepare(model, heads, TARGET), corpus)
+    vectors, all_vectors = (
+        np.array(each["head_outputs"].to_pylist()) for each in (measured, of_all)
+    )
+    np.testing.assert_array_equal(vectors, all_vectors[:, : vectors.shape[1]])
+    assert vectors.shape[1] * 3 == all_vectors.shape[1] * 2
+
+
+def test_a_depth_above_all_task_heads_is_refused(heads):
+    with pytest.raises(HeadMapError, match="no task head is in the first 1 of 3 layers"):
+        HeadActivation(depth=0.2).looked_at(heads)
+    with pytest.raises(SettingsError, match="depth is 1.5"):
+        scorers.make("head-filter", {"depth": 1.5})

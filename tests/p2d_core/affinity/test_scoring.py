@@ -117,3 +117,15 @@ def test_a_target_all_alike_sets_a_gate_that_it_passes_itself(tmp_path):
     outcome = score_corpus(step, {}, measured, tmp_path / "s.parquet")
     assert outcome.gate.spread == 1.0
     assert outcome.passed == 1
+
+
+def test_a_corpus_reads_no_other_columns_than_it_is_asked_for(tmp_path):
+    corpus = write(tmp_path, "m", [{0: 9.0, 2: -1.0}], 3)
+    (table,) = corpus.only("value")
+    assert table.column_names == ["value"]
+    (table,) = corpus.only("sample_id", "source", "value")
+    assert table.column_names == ["sample_id", "source", "value"]
+    assert table["value"].to_pylist() == [9.0, -1.0]
+    (everything,) = corpus
+    assert everything["sample_id"].to_pylist() == table["sample_id"].to_pylist()
+    assert {"prompt", "response", "n_tokens"} <= set(everything.column_names)

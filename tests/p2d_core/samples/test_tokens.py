@@ -12,8 +12,10 @@ from p2d_core.samples.tokens import (
     EncodedSample,
     Encoder,
     TextFormat,
+    TokenBudget,
     batches_by_tokens,
     collate,
+    each_batch,
 )
 from tests.tiny_tokenizer import tiny_bpe, tiny_word_level
 
@@ -164,3 +166,39 @@ def test_a_batch_gives_back_its_samples(side, lengths, data):
         )
         assert (labels[~mask] == IGNORED_LABEL).all()
         assert mask[0 if side == "right" else -1]
+
+
+def test_when_memory_runs_out_the_batch_and_the_budget_are_halved_and_the_rest_goes_on():
+    encoded = [EncodedSample(str(i), [1] * 10, 5) for i in range(40)]
+    budget = TokenBudget(200)
+    tried = []
+
+    def work(indices: list[int]) -> int:
+        tried.append(len(indices))
+        if len(indices) * 10 > 60:
+            raise torch.OutOfMemoryError("no room")
+        return len(indices)
+
+    made = list(each_batch(encoded, budget, work))
+    assert sorted(i for indices, _ in made for i in indices) == list(range(40))
+    assert all(len(indices) == n for indices, n in made)
+    assert budget.tokens == 50
+    assert tried[-1] <= 5
+    assert sum(n > 6 for n in tried) == 3  # 20, 10 and the other 10; then no more
+
+
+def test_a_sample_that_does_not_fit_alone_is_an_error():
+    def work(indices: list[int]) -> int:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        list(each_batch([EncodedSample("a", [1] * 10, 5)], TokenBudget(100), work))
+
+
+def test_padding_is_a_small_share_of_batches_of_like_length():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randn(4096, generator=generator).mul(0.45).add(5.1).exp().long().tolist()
+    encoded = [EncodedSample(str(i), [1] * length, 1) for i, length in enumerate(lengths)]
+    batches = batches_by_tokens(encoded, 8192)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert 1 - sum(lengths) / padded < 0.1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from p2d_core.errors import InputError
+from p2d_core.errors import InputError, SettingsError
 from p2d_core.samples.schema import Sample, sample_id_of, to_table
 from p2d_core.selection.subset import SelectionSpec, select_subset
 
@@ -117,6 +117,44 @@ def test_replay_that_finds_no_other_source_says_so(tmp_path):
     assert corpus.chosen.notes == [
         "replay: 1 samples were wanted, other sources have 0; the rest is by affinity"
     ]
+
+
+def test_a_quota_is_what_a_source_gets_and_the_best_of_it(tmp_path):
+    affinities = [float(i) for i in range(100)]  # source b has all the high ones
+    corpus = Corpus(tmp_path, affinities)
+    chosen = corpus.choose(fraction=0.2, quotas=(("a", 0.25),))
+    assert sorted(chosen) == [*range(45, 50), *range(85, 100)]
+    assert corpus.chosen.by_source == {"a": 5, "b": 15}
+    assert corpus.chosen.cut_off == 45
+
+
+def test_a_quota_that_its_source_cannot_fill_goes_to_the_others_and_says_so(tmp_path):
+    corpus = Corpus(tmp_path, [float(-i) for i in range(10)])
+    corpus.choose(fraction=0.8, quotas=(("a", 0.9),))
+    assert corpus.chosen.by_source == {"a": 5, "b": 3}
+    assert corpus.chosen.notes == ["quota: 7 samples of a were wanted, it has 5"]
+
+
+def test_quotas_hold_among_what_passed_the_gates_and_with_ties(tmp_path):
+    corpus = Corpus(tmp_path, [1.0] * 100, [i % 2 for i in range(100)], gates=1)
+    chosen = corpus.choose([3], fraction=0.2, quotas=(("a", 0.3), ("b", 0.7)))
+    assert corpus.chosen.by_source == {"a": 6, "b": 14}
+    assert {row % 2 for row in chosen} == {1}
+    corpus = Corpus(tmp_path, [1.0] * 100)
+    corpus.choose(fraction=0.2, quotas=(("a", 0.3), ("b", 0.7)))
+    assert corpus.chosen.by_source == {"a": 6, "b": 14}
+
+
+def test_a_quota_of_a_source_that_is_not_there_names_those_that_are(tmp_path):
+    corpus = Corpus(tmp_path, [1.0, 2.0])
+    with pytest.raises(InputError, match="has no source 'c'. It has a, b"):
+        corpus.choose(fraction=0.5, quotas=(("c", 0.5),))
+
+
+@pytest.mark.parametrize("quotas", [(("a", 0.7), ("b", 0.4)), (("a", 0.0),), (("a", 0.1),) * 2])
+def test_quotas_that_cannot_be_are_refused(quotas):
+    with pytest.raises(SettingsError, match="selection.quotas"):
+        SelectionSpec(fraction=0.5, quotas=quotas)
 
 
 def test_at_random_looks_at_no_affinity(tmp_path):
