@@ -72,7 +72,8 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         InputError: before anything was started.
         ArtifactError: there is no such head map.
     """
-    inputs = check_inputs(settings)
+    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
+    inputs = check_inputs(settings, ranked)
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,12 @@ from p2d_core.affinity import scorers
 from p2d_core.errors import DataError
 from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
 from p2d_core.heads.ranking import rankers
-from p2d_core.models import check_attention, check_model_folder, pick_device
+from p2d_core.models import (
+    check_attention,
+    check_model_folder,
+    most_tokens,
+    pick_device,
+)
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
@@ -49,18 +54,21 @@ class Inputs:
     evaluating: EvaluationSpec
 
 
-def check_inputs(settings: RunSettings) -> Inputs:
+def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> Inputs:
     """Reads what can be wrong and refuses it; writes nothing.
 
     Data files of more than 256 MB are read to their first 10,000 rows here; the `samples` stage
     meets the rest before anything dear is run.
+
+    Args:
+        ranked_bases: hashes of base models in which heads were found before: looking again takes
+            seconds.
 
     Raises:
         InputError: says what is wrong, where, and what would do.
     """
     check_model_folder(Path(settings.base))
     pick_device(settings.device)
-    positions = check_attention(Path(settings.base))
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)
     scorer = scorers.make(settings.scoring.scorer, settings.scoring.options)
     options = dict(settings.training.options)
@@ -71,7 +79,9 @@ def check_inputs(settings: RunSettings) -> Inputs:
     adaptation = adaptations.make(settings.training.adaptation, options)
     with progress_of("reading the input"):
         _check_data(settings)
-    text = TextFormat(settings.format.separator, min(settings.format.max_tokens, positions))
+    text = TextFormat(
+        settings.format.separator, min(settings.format.max_tokens, most_tokens(Path(settings.base)))
+    )
     evaluation = settings.evaluation
     training = settings.training
 
@@ -83,6 +93,8 @@ def check_inputs(settings: RunSettings) -> Inputs:
 
     with progress_of("hashing the base model"):
         base = BaseModel.of(Path(settings.base), settings.precision, text)
+    if base.sha256 not in ranked_bases:
+        check_attention(Path(settings.base))
     return Inputs(
         base=base,
         target=source(settings.target),

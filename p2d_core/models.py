@@ -72,8 +72,14 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
-def check_attention(folder: Path) -> int:
-    """Whether heads can be found in the model, from its config alone; how many tokens it takes.
+def most_tokens(folder: Path) -> int:
+    """How many tokens the model's positions reach; without a limit in its config, very many."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or sys.maxsize)
+
+
+def check_attention(folder: Path) -> None:
+    """Whether heads can be found in the model, from its config alone.
 
     Raises:
         UnsupportedModelError: single heads cannot be found in its attention.
@@ -90,7 +96,6 @@ def check_attention(folder: Path) -> int:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: transformers cannot make a model of it: {error}") from error
     attention_layers(model)
-    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def model_hash(folder: Path) -> str:

@@ -185,7 +185,7 @@ def each_batch(
                 continue
             # outside of `except`: there the error would still hold the tensors of what failed
             torch.cuda.empty_cache()
-            budget.tokens = max(1, min(budget.tokens, _padded(encoded, indices)) // 2)
+            budget.tokens = max(1, min(budget.tokens, _padded(encoded, indices) // 2))
             log.warning("out of memory: batches have at most %d tokens now", budget.tokens)
             half = (len(indices) + 1) // 2
             waiting += [indices[half:], indices[:half]]

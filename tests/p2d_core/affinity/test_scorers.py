@@ -242,5 +242,5 @@ def test_with_a_depth_deeper_task_heads_are_not_looked_at(model, heads):
 def test_a_depth_above_all_task_heads_is_refused(heads):
     with pytest.raises(HeadMapError, match="no task head is in the first 1 of 3 layers"):
         HeadActivation(depth=0.2).looked_at(heads)
-    with pytest.raises(SettingsError, match="depth is 1.5"):
+    with pytest.raises(SettingsError, match=r"depth is 1\.5"):
         scorers.make("head-filter", {"depth": 1.5})
