@@ -222,7 +222,7 @@ def _next(summary: Summary, console: Console) -> None:
     folder = Path(heads).parent.parent if heads else Path("artifacts")
     if folder != Path("artifacts"):
         store = f" --store {folder}"
-    query = "SELECT left(key, 8) AS run, source, avg(affinity) FROM scores GROUP BY ALL"
+    query = "SELECT left(key, 8) AS artifact, source, avg(affinity) FROM scores GROUP BY ALL"
     commands = {
         f"p2d ui{store}": "charts, pictures and the adapter, in MLflow",
         "p2d config -o my.yaml": "settings to fill in with your own files",

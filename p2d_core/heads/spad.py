@@ -137,8 +137,8 @@ def spad(
     moved.div_(before_sum).addcdiv_(other, after_sum, value=-1)
     if support == "positions":
         moved.cumsum_(1)
-    distance = torch.linalg.vector_norm(moved, ord=1, dim=1)
-    return distance if support == "positions" else distance / moved.shape[1]
+    distance: Tensor = torch.linalg.vector_norm(moved, ord=1, dim=1)
+    return distance if support == "positions" else distance.div_(moved.shape[1])
 
 
 def _sorted(entries: Tensor) -> Tensor:
