@@ -95,7 +95,8 @@ def test_mlflow_has_the_run_with_numbers_pictures_and_adapter():
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert any("heads" in name for name in names)
     assert any(re.search("affinit|score", name) for name in names)
-    (model,) = client.search_logged_models(experiment_ids=[run.info.experiment_id])
+    models = client.search_logged_models(experiment_ids=[run.info.experiment_id])
+    (model,) = [model for model in models if model.source_run_id == run.info.run_id]
     assert model.model_type == "peft-adapter"
 
 
