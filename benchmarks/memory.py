@@ -23,14 +23,15 @@ def peak_megabytes(thing: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         RESET.write_text("5")  # the high-water mark falls to what is resident now
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         thing()
-        return _resident("VmHWM") - before
+        return resident("VmHWM") - before
     except OSError:
         return float("nan")
 
 
-def _resident(name: str) -> float:
+def resident(name: str) -> float:
+    """VmRSS, MB resident now, or VmHWM, the most that this process had (Linux)."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(name):
             return float(line.split()[1]) / 1024

@@ -12,9 +12,9 @@ from benchmarks.figures import Figure
 JSON, MARKDOWN = "results.json", "results.md"
 
 
-def merged(before: Path, figures: Iterable[Figure]) -> list[Figure]:
+def merged(before: Path | None, figures: Iterable[Figure]) -> list[Figure]:
     """The figures of an earlier run, with these instead of those of the same name and model."""
-    known = {(each.name, each.model): each for each in _read(before)}
+    known = {(each.name, each.model): each for each in (_read(before) if before else [])}
     known |= {(each.name, each.model): each for each in figures}
     return list(known.values())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -324,13 +323,14 @@ class GrowthRun:
 
 def _peak_megabytes(corpus: _Corpus) -> float:
     program = (
-        "import json, resource, sys; from pathlib import Path; import torch; "
+        "import sys; from pathlib import Path; import torch; "
         "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
         "scoring.GrowthRun()(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2]))); "
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))"
+        # not ru_maxrss: a child begins with what its parent had
+        "from benchmarks.memory import resident; print(resident('VmHWM'))"
     )
     words = [sys.executable, "-c", program, str(corpus.folder), str(corpus.n)]
     done = subprocess.run(
         [*words, str(torch.get_num_threads())], capture_output=True, text=True, check=True
     )
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return float(done.stdout.splitlines()[-1])

@@ -70,7 +70,7 @@ QWEN_HALF_B = Shape("qwen2.5-0.5b-shape", 896, 24, 14, 2, 64, 4864, 151_936)
 QWEN_7B = Shape("qwen2.5-7b-shape", 3584, 28, 28, 4, 128, 18_944, 152_064)
 
 SIZES = {
-    "cpu": Size("cpu", "float32", (SMALL,), (QWEN_HALF_B,), 24, 2048, 4, 48),
+    "cpu": Size("cpu", "float32", (SMALL,), (QWEN_HALF_B,), 16, 2048, 4, 32),
     "gpu": Size(
         "cuda", "bfloat16", (LLAMA_1B, QWEN_7B), (QWEN_HALF_B, QWEN_7B), 2048, 32_768, 16, 2048
     ),

@@ -123,6 +123,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
             pool=settings.selection.pool,
             match_lengths=settings.selection.match_lengths,
             replay=settings.selection.replay,
+            quotas=tuple(sorted(settings.selection.quotas.items())),
             seed=settings.seed,
         ),
         evaluating=EvaluationSpec(

@@ -142,6 +142,8 @@ class SelectionSettings(_Settings):
     """Draw by id hash from the best pool x budget samples (scorers with gates: from all passed)."""
     match_lengths: bool = True
     """Draw so that response lengths are spread as those of the proxy samples."""
+    quotas: dict[str, Share] = {}
+    """Share of the subset that a source gets, by the source's name; the others share the rest."""
     replay: ShareOrZero = 0.0
     """Share of the subset drawn at random from the corpus' other sources, against forgetting."""
 

@@ -99,6 +99,7 @@ CHANGES = [
     ("selection", {"pool": 2}),
     ("selection", {"match_lengths": False}),
     ("selection", {"replay": 0.3}),
+    ("selection", {"quotas": {"ledgers": 0.5}}),
     ("training", {"adaptation": "full"}),
     ("training", {"epochs": 9}),
     ("training", {"learning_rate": 1}),
