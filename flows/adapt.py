@@ -13,6 +13,7 @@ from pathlib import Path
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.environment import wait_for_server
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.ledger import Ledger
 from flows.report import make_summary
@@ -79,6 +80,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
+    wait_for_server()
     checked = _checked.set(inputs)
     try:
         return named(settings, store=str(store.resolve()), head_map=head_map)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -33,3 +35,29 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
+
+
+_starting: list[threading.Thread] = []
+
+
+def start_server() -> None:
+    """Lets Prefect's temporary server start while this process still imports what it needs.
+
+    Only for commands whose input cannot be wrong: others start nothing before they have checked.
+    """
+
+    def start() -> None:
+        from prefect import get_client
+
+        # a failure shows when the flow asks for the server itself
+        with suppress(Exception), get_client(sync_client=True) as client:
+            client.api_healthcheck()
+
+    _starting.append(threading.Thread(target=start, name="prefect-server", daemon=True))
+    _starting[-1].start()
+
+
+def wait_for_server() -> None:
+    """Until a server that `start_server` has begun to start is there: two would be started else."""
+    while _starting:
+        _starting.pop().join()

@@ -28,9 +28,10 @@ def demo(
     Example: [bold]p2d demo --summary demo.json[/bold]
     """
     check_summary_file(summary)
-    from flows.environment import prepare_environment
+    from flows.environment import prepare_environment, start_server
 
     prepare_environment(store, verbose=verbose)
+    start_server()
     from flows.cli.finish import finish
     from flows.cli.progress import listening
     from flows.demo import run_demo
