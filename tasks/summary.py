@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+ARMS = ("base", "p2d", "proxy", "random", "full")
+"""What P2D is compared with, and itself, in the order of display."""
+
 
 class StageLine(BaseModel):
     """One stage of a run."""
