@@ -24,8 +24,8 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "p2d_core,tasks",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-        # torch's threads spin while they wait: beside one other busy process a training step of
-        # a small model then took 12 times as long as with threads that sleep
+        # torch's threads spin while they wait, and beside another busy process wait for it too:
+        # a step of a small model then takes many times as long as with threads that sleep
         "OMP_WAIT_POLICY": "PASSIVE",
         "DO_NOT_TRACK": 1,
         "HF_HUB_DISABLE_TELEMETRY": 1,

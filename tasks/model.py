@@ -98,15 +98,17 @@ def calibrate(
     # the smallest ids are a draw: they are hashes
     drawn = heapq.nsmallest(wanted, all_samples(corpus), key=lambda sample: sample.sample_id)
     encoded = captured.encode(drawn)
-    reference = calibrate_full(
-        model,
-        encoded,
-        training,
-        pad_id=captured.pad_id,
-        n_corpus=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]),
-        steps=steps,
-        mixed_precision=base.precision == "bfloat16",
-    )
+    with progress_of("reference") as progress:
+        reference = calibrate_full(
+            model,
+            encoded,
+            training,
+            pad_id=captured.pad_id,
+            n_corpus=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]),
+            steps=steps,
+            mixed_precision=base.precision == "bfloat16",
+            progress=progress,
+        )
     text = json.dumps(asdict(reference), indent=2) + "\n"
     (making.folder / REFERENCE).write_text(text, encoding="utf-8")
     making.facts |= asdict(reference)

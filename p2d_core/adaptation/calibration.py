@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def calibrate_full(
     n_corpus: int,
     steps: int,
     mixed_precision: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
     """Times full fine-tuning steps (forward, backward, AdamW) on batches drawn from the corpus.
 
@@ -59,6 +60,8 @@ def calibrate_full(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
+        if progress is not None:
+            progress(step + 1, UNTIMED_STEPS + steps)
     timed = seconds[UNTIMED_STEPS:]
     total = math.ceil(math.ceil(n_corpus / spec.batch_size) * spec.epochs)
     error = statistics.stdev(timed) / math.sqrt(len(timed)) if len(timed) > 1 else 0.0

@@ -54,10 +54,14 @@ def evaluate(
     """
     encoded = list(encoder.encode_all(samples))
     losses = torch.empty(len(encoded), dtype=torch.float64)
+    measured = 0
     for positions in batches_by_tokens(encoded, token_budget=tokens_per_batch):
         batch = collate([encoded[i] for i in positions], encoder.pad_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         losses[positions] = response_losses(model, batch).double().cpu()
+        measured += len(positions)
+        if progress is not None:
+            progress(measured, len(encoded))
     columns: dict[str, Any] = {
         "sample_id": [sample.sample_id for sample in samples],
         "loss": losses.numpy(),
