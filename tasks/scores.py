@@ -11,6 +11,7 @@ from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus
 from p2d_core.affinity.scoring import SCORES, score_corpus
 from p2d_core.store import ArtifactRef, Making
 from tasks.measurements import head_map_of, model_for, scorer_step, target_of
+from tasks.progress import progress_of
 from tasks.samples import shards_of
 from tasks.stage import BaseModel, Plugin, Runtime, stage
 
@@ -44,13 +45,15 @@ def score(
             for shard, measurement in zip(shards_of(corpus), measurements, strict=True)
         ]
     )
-    outcome = score_corpus(
-        one,
-        state,
-        measured,
-        making.folder / SCORES,
-        previous=previous.path / SCORES if previous is not None else None,
-    )
+    with progress_of("scores (shards)") as progress:
+        outcome = score_corpus(
+            one,
+            state,
+            measured,
+            making.folder / SCORES,
+            previous=previous.path / SCORES if previous is not None else None,
+            progress=progress,
+        )
     gates = dict(previous.manifest.facts["gates"]) if previous is not None else {}
     if outcome.gate is not None:
         gates[one.name] = {"threshold": outcome.gate.threshold, "passed": outcome.passed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def score_corpus(
     file: Path,
     *,
     previous: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ScoredCorpus:
     """Writes ``scores.parquet``, a row group a shard, in the corpus' order.
 
@@ -106,6 +108,8 @@ def score_corpus(
             outcome.passed += len(passed)
             writer = writer or pq.ParquetWriter(file, scored.schema, compression="zstd")
             writer.write_table(scored, row_group_size=max(1, len(scored)))
+            if progress is not None:
+                progress(index + 1, len(measured.parts))
     finally:
         if writer is not None:
             writer.close()
