@@ -25,7 +25,7 @@ from p2d_core.samples.source import SourceSpec, files_of
 from p2d_core.samples.split import draw_target, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.selection.subset import SelectionSpec
-from tasks.progress import progress_of
+from tasks.progress import Progress, progress_of
 from tasks.stage import BaseModel, Plugin, Runtime, SourceInput
 
 READ_WHOLE_BYTES = 256 * 2**20
@@ -77,8 +77,8 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     if settings.training.adaptation == "lora":
         options.setdefault("seed", settings.seed)
     adaptation = adaptations.make(settings.training.adaptation, options)
-    with progress_of("reading the input"):
-        _check_data(settings)
+    with progress_of("reading the input (sources)") as progress:
+        _check_data(settings, progress)
     text = TextFormat(
         settings.format.separator, min(settings.format.max_tokens, most_tokens(Path(settings.base)))
     )
@@ -144,7 +144,7 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
     )
 
 
-def _check_data(settings: RunSettings) -> None:
+def _check_data(settings: RunSettings, progress: Progress) -> None:
     evaluation = settings.evaluation
     target = list(read_samples(_spec(settings.target)))
     split = draw_target(
@@ -168,7 +168,8 @@ def _check_data(settings: RunSettings) -> None:
     others = [*settings.corpus.sources]
     if evaluation.retention is not None:
         others.append(evaluation.retention)
-    for other in others:
+    for done, other in enumerate(others):
+        progress(done, len(others))
         spec = _spec(other)
         if spec.is_on_hub:
             continue
