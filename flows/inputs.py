@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from p2d_core.samples.source import SourceSpec, files_of
 from p2d_core.samples.split import draw_target, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.selection.subset import SelectionSpec
-from tasks.progress import Progress, progress_of
+from tasks.progress import progress_of
 from tasks.stage import BaseModel, Plugin, Runtime, SourceInput
 
 READ_WHOLE_BYTES = 256 * 2**20
@@ -77,8 +77,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     if settings.training.adaptation == "lora":
         options.setdefault("seed", settings.seed)
     adaptation = adaptations.make(settings.training.adaptation, options)
-    with progress_of("reading the input (sources)") as progress:
-        _check_data(settings, progress)
+    _check_data(settings)
     text = TextFormat(
         settings.format.separator, min(settings.format.max_tokens, most_tokens(Path(settings.base)))
     )
@@ -91,8 +90,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     def trained(epochs: float, learning_rate: float, batch_size: int) -> TrainingSpec:
         return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
 
-    with progress_of("hashing the base model"):
-        base = BaseModel.of(Path(settings.base), settings.precision, text)
+    base = BaseModel.of(Path(settings.base), settings.precision, text)
     if base.sha256 not in ranked_bases:
         check_attention(Path(settings.base))
     return Inputs(
@@ -144,9 +142,9 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
     )
 
 
-def _check_data(settings: RunSettings, progress: Progress) -> None:
+def _check_data(settings: RunSettings) -> None:
     evaluation = settings.evaluation
-    target = list(read_samples(_spec(settings.target)))
+    target = list(_checked(_spec(settings.target)))
     split = draw_target(
         target,
         n_proxy=settings.proxy.samples,
@@ -156,7 +154,7 @@ def _check_data(settings: RunSettings, progress: Progress) -> None:
     )
     asked: Iterable[Sample] = split.evaluation
     if evaluation.source is not None:
-        asked = list(read_samples(_spec(evaluation.source)))
+        asked = list(_checked(_spec(evaluation.source)))
         refuse_overlap(target, asked)
     if evaluation.metric == "exact_match":
         _check_answers(asked, evaluation.answer_pattern)
@@ -168,15 +166,19 @@ def _check_data(settings: RunSettings, progress: Progress) -> None:
     others = [*settings.corpus.sources]
     if evaluation.retention is not None:
         others.append(evaluation.retention)
-    for done, other in enumerate(others):
-        progress(done, len(others))
+    for other in others:
         spec = _spec(other)
         if spec.is_on_hub:
             continue
         size = sum(file.path.stat().st_size for file in files_of(spec))
-        for row, _ in enumerate(read_samples(spec)):
+        for row, _ in enumerate(_checked(spec)):
             if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:
                 break
+
+
+def _checked(source: SourceSpec) -> Iterator[Sample]:
+    with progress_of(f"checking {source.name} (rows)") as progress:
+        yield from read_samples(source, progress=progress)
 
 
 def _check_answers(samples: Iterable[Sample], pattern: str | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.attention.layout import AttentionLayer, attention_layers
 from p2d_core.errors import ModelError
+from p2d_core.progress import Progress, no_progress
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import (
@@ -98,10 +99,11 @@ def check_attention(folder: Path) -> None:
     attention_layers(model)
 
 
-def model_hash(folder: Path) -> str:
+def model_hash(folder: Path, progress: Progress = no_progress) -> str:
     """SHA-256 (hex) over config, weights and tokenizer: the same wherever the folder lies."""
     kept = (".json", ".safetensors", ".txt", ".model", ".jinja")
-    return hash_files(file for file in folder.iterdir() if file.suffix in kept and file.is_file())
+    files = [file for file in folder.iterdir() if file.suffix in kept and file.is_file()]
+    return hash_files(files, progress)
 
 
 def pick_device(name: str) -> torch.device:

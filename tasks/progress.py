@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-Progress = Callable[[int, int], None]
+from p2d_core.progress import Progress
+
 Listener = Callable[[str], AbstractContextManager[Progress]]
 """Given the name of a stage, what is told of its progress while the stage runs."""
 
@@ -24,9 +25,8 @@ def _to_the_log(stage: str) -> Iterator[Progress]:
         if now - told > 10 and done:
             told = now
             rate = done / (now - start)
-            log.info(
-                "%s: %d/%d, %.1f/s, %.0f s left", stage, done, total, rate, (total - done) / rate
-            )
+            left = f" of {total}, {(total - done) / rate:.0f} s left" if total else ""
+            log.info("%s: %d%s, %.1f/s", stage, done, left, rate)
 
     yield tell
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from p2d_core.errors import DataError
+from p2d_core.progress import counted
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard, write_shards
 from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
 from p2d_core.store import ArtifactRef, Making
+from tasks.progress import progress_of
 from tasks.stage import Runtime, ShardRef, SourceInput, stage
 
 PARTS = ("proxy", "held_out", "evaluation", "rest")
@@ -22,7 +25,8 @@ PARTS = ("proxy", "held_out", "evaluation", "rest")
 @stage("samples")
 def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
     """One source, as it is."""
-    shards = write_shards(read_samples(source.spec), making.folder)
+    with progress_of(f"reading {source.spec.name} (rows)") as progress:
+        shards = write_shards(read_samples(source.spec, progress=progress), making.folder)
     making.samples = sum(shard.rows for shard in shards)
     making.facts["source"] = source.spec.name
     making.facts["shards"] = [asdict(shard) for shard in shards]
@@ -40,7 +44,8 @@ def split_target(
     seed: int,
 ) -> None:
     """The target's proxy set, held-out set, evaluation set (unless it has its own) and rest."""
-    samples = list(all_samples(target))
+    with progress_of("splitting the target (samples)") as progress:
+        samples = list(counted(all_samples(target), size_of(target), progress))
     if evaluation is not None:
         refuse_overlap(samples, all_samples(evaluation))
         n_evaluation = 0
@@ -74,10 +79,15 @@ def assemble(
     for ref in kept_out:
         excluded |= {sample.sample_id for sample in all_samples(ref)}
     pools: list[Iterable[Sample]] = [all_samples(source) for source in sources]
+    total = sum(size_of(source) for source in sources)
     if include_target:
-        pools.append(target_part(target, "rest"))
+        rest = target_part(target, "rest")
+        pools.append(rest)
+        total += len(rest)
     counts = CorpusCounts()
-    shards = write_shards(assemble_corpus(pools, excluded, counts), making.folder)
+    with progress_of("assembling the corpus (samples)") as progress:
+        passed = counted(chain.from_iterable(pools), total, progress)
+        shards = write_shards(assemble_corpus([passed], excluded, counts), making.folder)
     if not counts.total:
         raise DataError(
             f"the corpus has no samples: {counts.excluded} were left out because they belong to "
@@ -96,6 +106,11 @@ def all_samples(ref: ArtifactRef) -> Iterator[Sample]:
     """Every sample of an artifact that is made of shards, a shard at a time."""
     for shard in shards_of(ref):
         yield from read_shard(Path(shard.file))
+
+
+def size_of(ref: ArtifactRef) -> int:
+    """Samples in an artifact that is made of shards."""
+    return sum(shard["rows"] for shard in ref.manifest.facts["shards"])
 
 
 def shards_of(ref: ArtifactRef) -> list[ShardRef]:

@@ -20,6 +20,7 @@ from p2d_core.samples.source import SourceSpec, content_hash
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.manifest import faults
+from tasks.progress import progress_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class BaseModel:
     @classmethod
     def of(cls, folder: Path, precision: str, text: TextFormat) -> BaseModel:
         """Hashes the folder."""
-        return cls(str(folder), model_hash(folder), precision, text.separator, text.max_tokens)
+        with progress_of("hashing the base model (MB)") as progress:
+            sha256 = model_hash(folder, progress)
+        return cls(str(folder), sha256, precision, text.separator, text.max_tokens)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -84,7 +87,8 @@ class SourceInput:
     @classmethod
     def of(cls, spec: SourceSpec) -> SourceInput:
         """Hashes the files."""
-        return cls(spec, content_hash(spec))
+        with progress_of(f"hashing {spec.name} (MB)") as progress:
+            return cls(spec, content_hash(spec, progress))
 
     @property
     def identity(self) -> dict[str, Any]:

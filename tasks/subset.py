@@ -7,6 +7,7 @@ from pathlib import Path
 from p2d_core.affinity.scoring import SCORES
 from p2d_core.selection.subset import SelectionSpec, select_subset
 from p2d_core.store import ArtifactRef, Making
+from tasks.progress import progress_of
 from tasks.samples import shards_of
 from tasks.stage import Runtime, stage
 
@@ -20,13 +21,15 @@ def draw_subset(
     selection: SelectionSpec,
 ) -> None:
     """The chosen samples with their scores, and the query that chose them."""
-    subset = select_subset(
-        scores.path / SCORES,
-        [Path(shard.file) for shard in shards_of(corpus)],
-        scores.manifest.facts["proxy_lengths"],
-        selection,
-        making.folder,
-    )
+    with progress_of("subset (percent of the queries)") as progress:
+        subset = select_subset(
+            scores.path / SCORES,
+            [Path(shard.file) for shard in shards_of(corpus)],
+            scores.manifest.facts["proxy_lengths"],
+            selection,
+            making.folder,
+            progress,
+        )
     making.samples = subset.rows
     making.facts |= {
         "rows": subset.rows,

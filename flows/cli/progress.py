@@ -88,14 +88,17 @@ class _Stage:
         """``done`` of ``total``, in whatever the stage counts."""
         title = f"{self._name}: {what}" if what else self._name
         if self._bar is not None:
-            self._of._bars.update(self._bar, description=title, completed=done, total=total)
+            self._of._bars.update(self._bar, description=title, completed=done, total=total or None)
             return
         now = time.monotonic()
         if now - self._told < SECONDS_BETWEEN_LINES:
             return
         self._told = now
         rate = done / (now - self._start)
-        self._line(f"{title}: {done:,} of {total:,}{pace(rate, total - done)}")
+        if total:
+            self._line(f"{title}: {done:,} of {total:,}{pace(rate, total - done)}")
+        else:
+            self._line(f"{title}: {done:,}, {rate:.1f}/s")
 
     def end(self) -> None:
         """A line if it took long enough to be missed."""
@@ -111,8 +114,11 @@ class _Stage:
 
 class _Counts(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Such as 1,200/3,000."""
-        return Text(f"{int(task.completed):,}/{int(task.total):,}" if task.total else "")
+        """Such as 1,200/3,000; or 1,200 while nobody knows of how many."""
+        if not task.completed and not task.total:
+            return Text("")
+        of = f"/{int(task.total):,}" if task.total else ""
+        return Text(f"{int(task.completed):,}{of}")
 
 
 class _Pace(ProgressColumn):

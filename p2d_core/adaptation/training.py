@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
+from p2d_core.progress import Progress
 from p2d_core.samples.tokens import EncodedSample, collate
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
 SPENT = "seconds.json"
 """Written last into a checkpoint: one without it was cut short, and is not gone on from."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

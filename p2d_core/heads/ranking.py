@@ -1,6 +1,6 @@
 """What a ranker is, what it is given, and the rankers by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,12 +10,9 @@ from torch import Tensor
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.attention.layout import AttentionLayer
 from p2d_core.errors import InputError
+from p2d_core.progress import Progress, no_progress
 from p2d_core.registry import Registry
 from p2d_core.samples.tokens import EncodedSample
-
-
-def _no_progress(done: int, total: int) -> None:
-    """The default: nobody waits to be told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +30,7 @@ class RankingEvidence:
     samples: Sequence[EncodedSample]
     pad_id: int = 0
     batch_size: int = 16
-    progress: Callable[[int, int], None] = _no_progress
+    progress: Progress = no_progress
 
     def tuned(self) -> TunedSlices:
         """The proxy run's slices.

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2d_core.errors import DataError
-from p2d_core.samples.rows import BrokenRow, Row
+from p2d_core.samples.rows import BrokenRow, Position, Row
 
 BATCH_ROWS = 512
 
 
-def parquet_rows(path: Path) -> Iterator[Row | BrokenRow]:
-    """The rows of all row groups in order.
+def parquet_rows(path: Path, position: Position) -> Iterator[Row | BrokenRow]:
+    """The rows of all row groups in order; ``position`` follows them.
 
     Raises:
         DataError: the file is no Parquet, is cut short, or names a column twice.
@@ -28,6 +28,7 @@ def parquet_rows(path: Path) -> Iterator[Row | BrokenRow]:
             for batch in file.iter_batches(BATCH_ROWS):
                 for columns in _batch_rows(batch):
                     row += 1
+                    position.share = row / file.metadata.num_rows
                     place = f"{path}, row {row}"
                     if isinstance(columns, ValueError):
                         yield BrokenRow(place, f"a value cannot be read ({columns}). Mend it.")

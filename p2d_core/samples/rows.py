@@ -13,6 +13,14 @@ class Row:
     columns: dict[str, Any]
 
 
+@dataclass(slots=True)
+class Position:
+    """How far into a file its reader is."""
+
+    share: float = 0.0
+    """In [0, 1]."""
+
+
 @dataclass(frozen=True, slots=True)
 class BrokenRow:
     """A row that cannot be read although those after it can."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2d_core.errors import DataError, SettingsError
+from p2d_core.progress import Progress, no_progress
 from p2d_core.samples.rows import listed
+from p2d_core.store.recipe import hashes_of
 
 HUB_PREFIX = "hf://datasets/"
 
@@ -115,29 +117,26 @@ def _found(source: SourceSpec, path: Path) -> list[DataFile]:
     raise DataError(f"source {source.name!r}: there is no {source.path}. {_near_names(path)}")
 
 
-def content_hash(source: SourceSpec) -> str:
+def content_hash(source: SourceSpec, progress: Progress = no_progress) -> str:
     """SHA-256 (hex) of what a source holds: bytes of its files in name order, names left out.
 
     Of one file it is what ``sha256sum`` prints; of several it is taken over their hashes, so that
     where one file ends counts. Of a hub dataset it is taken over its name and commit.
+    ``progress`` is told of megabytes.
     """
     if source.is_on_hub:
         from p2d_core.samples.hub import hub_commit
 
         identity = (source.path, source.config, source.split, hub_commit(source))
         return hashlib.sha256(repr(identity).encode()).hexdigest()
-    digests = [_file_digest(file.path) for file in files_of(source)]
+    files = [file.path for file in files_of(source)]
+    try:
+        digests = hashes_of(files, progress)
+    except PermissionError as error:
+        raise not_permitted(Path(error.filename)) from None
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except PermissionError:
-        raise not_permitted(path) from None
 
 
 def not_permitted(path: Path) -> DataError:

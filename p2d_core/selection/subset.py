@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2d_core.errors import InputError, SettingsError
+from p2d_core.progress import Progress, no_progress
 
 SUBSET = "subset.parquet"
 LENGTH_BINS = 5
 MEMORY = "1GB"
 """Beyond which DuckDB spills to disk."""
 SPILL = ".spill"
+STATEMENTS = 4
+"""That a selection with replay takes: pool, draw, replay, result."""
+SECONDS_BETWEEN_LOOKS = 0.5
 PLACES = ("scores", "corpus", "file")
 """Parameters that name files."""
 
@@ -175,6 +181,7 @@ def select_subset(
     proxy_lengths: Sequence[int],
     spec: SelectionSpec,
     folder: Path,
+    progress: Progress = no_progress,
 ) -> Subset:
     """Writes ``subset.parquet`` and ``query.sql``, the statements that made it.
 
@@ -182,6 +189,7 @@ def select_subset(
         scores: ``scores.parquet``; how many gates it has stands in its schema's metadata.
         corpus: the canonical shards.
         proxy_lengths: response tokens of each proxy sample.
+        progress: is told of about how many percent of the queries are done.
 
     Raises:
         InputError: the corpus has no samples, or a quota is of a source that it does not have.
@@ -190,14 +198,15 @@ def select_subset(
         config={"memory_limit": MEMORY, "temp_directory": str(folder / SPILL)}
     ) as connection:
         run = Script(connection)
-        subset = choose(run, scores, proxy_lengths, spec)
-        run(
-            RESULT,
-            seed=str(spec.seed),
-            corpus=[str(file) for file in corpus],
-            scores=str(scores),
-            file=str(folder / SUBSET),
-        )
+        with run.telling(progress):
+            subset = choose(run, scores, proxy_lengths, spec)
+            run(
+                RESULT,
+                seed=str(spec.seed),
+                corpus=[str(file) for file in corpus],
+                scores=str(scores),
+                file=str(folder / SUBSET),
+            )
     shutil.rmtree(folder / SPILL, ignore_errors=True)
     (folder / "query.sql").write_text(run.text(), encoding="utf-8")
     return replace(subset, query=run.text())
@@ -372,6 +381,30 @@ class Script:
         shown = {k: v for k, v in parameters.items() if k not in PLACES}
         values = ", ".join(f"${name} = {value!r}" for name, value in shown.items())
         self.done.append((f"-- {values}\n" if values else "") + statement.strip() + ";\n")
+
+    @contextmanager
+    def telling(self, progress: Progress) -> Iterator[None]:
+        """Tells how far the statements are, from a thread of its own, as long as its block runs."""
+        for setting in ("enable_progress_bar = true", "enable_progress_bar_print = false"):
+            self.connection.execute(f"SET {setting}")
+        over = threading.Event()
+
+        def tell() -> None:
+            percent = 0
+            while not over.wait(SECONDS_BETWEEN_LOOKS):
+                before = max(0, min(len(self.done), STATEMENTS) - 1)
+                # -1 between two statements
+                of_this = max(0.0, self.connection.query_progress())
+                percent = max(percent, min(100, round((100 * before + of_this) / STATEMENTS)))
+                progress(percent, 100)
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def text(self) -> str:
         return "\n".join(self.done)

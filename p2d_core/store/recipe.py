@@ -2,10 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from p2d_core.progress import Progress, no_progress
+
+CHUNK_BYTES = 8 * 2**20
 
 
 def canonical_json(value: Any) -> str:
@@ -15,18 +19,40 @@ def canonical_json(value: Any) -> str:
     )
 
 
-def hash_files(files: Iterable[Path]) -> str:
-    """SHA-256 (hex) over names and contents, in the order of the names; folders do not count."""
+def hash_files(files: Iterable[Path], progress: Progress = no_progress) -> str:
+    """SHA-256 (hex) over names and contents, in the order of the names; folders do not count.
+
+    ``progress`` is told of megabytes.
+    """
+    ordered = sorted(files, key=lambda f: f.name)
+    digests = hashes_of(ordered, progress)
     total = hashlib.sha256()
-    for file in sorted(files, key=lambda f: f.name):
-        total.update(f"{file.name}:{hash_file(file)}\n".encode())
+    for file, digest in zip(ordered, digests, strict=True):
+        total.update(f"{file.name}:{digest}\n".encode())
     return total.hexdigest()
 
 
-def hash_file(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def hashes_of(files: Sequence[Path], progress: Progress = no_progress) -> list[str]:
+    """`hash_file` of each; ``progress`` is told of megabytes."""
+    total = sum(file.stat().st_size for file in files)
+    passed = 0
+
+    def told(n_bytes: int) -> None:
+        nonlocal passed
+        passed += n_bytes
+        progress(passed // 10**6, total // 10**6)
+
+    return [hash_file(file, told) for file in files]
+
+
+def hash_file(file: Path, told: Callable[[int], None] = lambda n_bytes: None) -> str:
+    """SHA-256 (hex) of a file's bytes; ``told`` is given the bytes of every chunk."""
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            told(len(chunk))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
