@@ -1,0 +1,36 @@
+"""Counts, for each family (a file of this folder), how many faults were tried and how many held.
+
+`make test` runs the quick selection; `make faults` runs all of it and writes `results.json`.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parent / "results.json"
+_counts: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "held": 0})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    path = Path(report.nodeid.split("::")[0])
+    if path.parent.name != "faults" or report.skipped:
+        return
+    if report.when == "call" or report.failed:
+        family = _counts[path.stem.removeprefix("test_")]
+        family["tried"] += 1
+        family["held"] += report.passed
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not _counts or config.option.markexpr:
+        return
+    terminalreporter.section("faults")
+    for family in sorted(_counts):
+        counts = _counts[family]
+        terminalreporter.line(f"{family:<20} {counts['held']:>6,} of {counts['tried']:>6,} held")
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    merged = dict(sorted((known | dict(_counts)).items()))
+    RESULTS.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
