@@ -18,6 +18,7 @@ from benchmarks.memory import peak_megabytes
 from benchmarks.sizes import Shape, Size
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.attention.layout import attention_layers
+from p2d_core.response_loss import batch_loss
 from p2d_core.samples.tokens import collate
 
 Heads = Sequence[tuple[int, int]]
@@ -109,7 +110,7 @@ class _Bench:
         def run() -> None:
             arm.ready()
             arm.model.train()
-            arm.model(**self.batch, use_cache=False).loss.backward()
+            batch_loss(arm.model, self.batch).backward()
             torch.nn.utils.clip_grad_norm_(arm.parameters, 1.0)
             arm.optimizer.step()
             arm.optimizer.zero_grad(set_to_none=True)
@@ -129,7 +130,7 @@ class _Bench:
 
         arm.ready()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = arm.model(**self.batch, use_cache=False).loss
+            loss = batch_loss(arm.model, self.batch)
         activations = sum(seen.values())
         loss.backward()
         gradients = sum(p.grad.nbytes for p in arm.parameters if p.grad is not None)

@@ -88,7 +88,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         _checked.reset(checked)
 
 
-@flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
+@flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
 def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None = None) -> Summary:
     """Adapts a base model to a target by its task heads, and says what it cost."""
     start = time.perf_counter()

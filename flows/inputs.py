@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from flows.settings import RunSettings, SourceSettings
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers
-from p2d_core.errors import DataError
+from p2d_core.errors import DataError, SettingsError
 from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
@@ -70,7 +71,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     check_model_folder(Path(settings.base))
     pick_device(settings.device)
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)
-    scorer = scorers.make(settings.scoring.scorer, settings.scoring.options)
+    scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings))
     options = dict(settings.training.options)
     if settings.training.adaptation == "heads":
         options.setdefault("include_kv", settings.heads.include_kv)
@@ -140,6 +141,19 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
         tokens_per_batch=settings.scoring.tokens_per_batch,
         checkpoint_seconds=settings.training.checkpoint_seconds,
     )
+
+
+def _scorer_options(settings: RunSettings) -> dict[str, Any]:
+    scoring = settings.scoring
+    if scoring.depth == "heads":
+        return scoring.options
+    if "depth" not in {field.name for field in fields(scorers.get(scoring.scorer))}:
+        raise SettingsError(
+            f"scoring.depth is {scoring.depth}, but the scorer {scoring.scorer!r} does not run the "
+            "model to its task heads. Leave scoring.depth out, or choose head-filter or "
+            "head-activation."
+        )
+    return {"depth": scoring.depth} | scoring.options
 
 
 def _check_data(settings: RunSettings) -> None:

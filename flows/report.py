@@ -55,7 +55,7 @@ def make_summary(
         base=Path(settings.base).name,
         target=settings.target.name,
         heads=_heads(heads),
-        selection=_selection(settings, corpus, subset),
+        selection=_selection(settings, corpus, last["scores"], subset),
         trainable=TrainableSummary(
             parameters=facts["trainable"],
             share_of_model=facts["share_of_model"],
@@ -89,9 +89,17 @@ def _heads(heads: ArtifactRef) -> HeadsSummary:
     )
 
 
-def _selection(settings: RunSettings, corpus: ArtifactRef, subset: ArtifactRef) -> SelectionSummary:
+def _selection(
+    settings: RunSettings, corpus: ArtifactRef, scores: ArtifactRef, subset: ArtifactRef
+) -> SelectionSummary:
     facts, pool = subset.manifest.facts, corpus.manifest.facts
     notes = list(facts["notes"])
+    head_score_kept = scores.manifest.facts["head_score_kept"]
+    if settings.scoring.depth != "heads":
+        notes.append(
+            f"scoring.depth {settings.scoring.depth}: the task heads looked at have "
+            f"{head_score_kept:.0%} of all task heads' score"
+        )
     if pool["duplicates"] or pool["excluded"]:
         notes.append(
             f"the corpus leaves out {pool['duplicates']} duplicates and {pool['excluded']} samples "
@@ -105,6 +113,7 @@ def _selection(settings: RunSettings, corpus: ArtifactRef, subset: ArtifactRef) 
         corpus_by_source=facts["corpus_by_source"],
         by_label=_by_label(subset),
         notes=notes,
+        head_score_kept=head_score_kept,
     )
 
 

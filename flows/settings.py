@@ -129,6 +129,8 @@ class ScoringSettings(_Settings):
     """head-filter, head-activation, loss-shift, icl-attention, tfidf, or random."""
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
+    depth: Literal["heads"] | Share = "heads"
+    """heads, or the share of the layers beyond which task heads are not looked at: cheaper."""
     tokens_per_batch: Count = 8192
     """Tokens in a forward pass; cannot change a result."""
 
@@ -291,7 +293,8 @@ def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
 def _explain(error: ValidationError, file: Path) -> str:
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        # where several types would do, pydantic names each of them as one more part
+        key = ".".join(str(part) for part in problem["loc"] if not _names_a_type(part))
         if problem["type"] == "extra_forbidden":
             known = ", ".join(_known_keys(problem["loc"][:-1]))
             lines.append(f"{file}: unknown key `{key}`. Known here: {known}.")
@@ -303,6 +306,10 @@ def _explain(error: ValidationError, file: Path) -> str:
                 f"{file}: `{key}` was {given!r}. {problem['msg']}. {_help(problem['loc'])}"
             )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _names_a_type(part: int | str) -> bool:
+    return isinstance(part, str) and part.startswith(("literal[", "constrained-"))
 
 
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:

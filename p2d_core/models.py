@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -169,6 +170,7 @@ def load_tokenizer(folder: Path) -> Any:
 class CapturedModel:
     """A base model as scorers see it: loaded when first needed, never changed for long.
 
+    Threads may share it: one at a time runs the model, while others read, encode and write.
     ``tuned`` holds the task heads' slices after the proxy set (head_proxy), for scorers that look
     through tuned heads.
     """
@@ -179,9 +181,8 @@ class CapturedModel:
     text: TextFormat = field(default_factory=TextFormat)
     tokens_per_batch: int = 8192
     tuned: TunedSlices | None = None
-    _encoded: tuple[Sequence[Sample], list[EncodedSample]] | None = field(
-        default=None, init=False, repr=False
-    )
+    _running: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _of_thread: threading.local = field(default_factory=threading.local, init=False, repr=False)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -196,9 +197,11 @@ class CapturedModel:
     @cached_property
     def model(self) -> Any:
         """The weights, on the device."""
-        model = load_model(self.folder, self.precision, self.device)
-        model.requires_grad_(False)
-        return model
+        with self._running:
+            if "model" not in self.__dict__:  # another thread was first
+                model = load_model(self.folder, self.precision, self.device)
+                self.__dict__["model"] = model.requires_grad_(False)
+        return self.__dict__["model"]
 
     @cached_property
     def layers(self) -> tuple[AttentionLayer, ...]:
@@ -216,10 +219,12 @@ class CapturedModel:
         return self.encoder.pad_id
 
     def encode(self, samples: Sequence[Sample]) -> list[EncodedSample]:
-        """Token ids of each sample, in order; kept until other samples are asked for."""
-        if self._encoded is None or self._encoded[0] is not samples:
-            self._encoded = (samples, list(self.encoder.encode_all(samples)))
-        return self._encoded[1]
+        """Token ids of each sample, in order; kept until the thread asks for other samples."""
+        kept: tuple[Any, list[EncodedSample]] = getattr(self._of_thread, "encoded", (None, []))
+        if kept[0] is not samples:
+            kept = (samples, list(self.encoder.encode_all(samples)))
+            self._of_thread.encoded = kept
+        return kept[1]
 
     def each_batch(
         self, encoded: Sequence[EncodedSample], work: Callable[[dict[str, Tensor]], Tensor]
@@ -230,7 +235,9 @@ class CapturedModel:
         """
 
         def of(positions: list[int]) -> Tensor:
-            return work(collate([encoded[i] for i in positions], self.pad_id))
+            batch = collate([encoded[i] for i in positions], self.pad_id)
+            with self._running:
+                return work(batch)
 
         return each_batch(encoded, self.budget, of)
 
@@ -239,7 +246,10 @@ class CapturedModel:
         """With ``tuned`` the task heads' tuned slices stand in the model while the block runs."""
         if tuned and self.tuned is None:
             raise ValueError("this model was made without tuned slices")
-        with self.tuned.applied(self.model) if tuned and self.tuned else nullcontext():
+        with (
+            self._running,
+            self.tuned.applied(self.model) if tuned and self.tuned else nullcontext(),
+        ):
             yield
 
     def response_losses(self, encoded: Sequence[EncodedSample]) -> Tensor:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from p2d_core.samples.tokens import IGNORED_LABEL
+from p2d_core.samples.tokens import IGNORED_LABEL, needed_mask
 
 
 def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Cross-entropy (nats) of each response token, and where there is one.
 
-    Logits are made only from the first position that some row's loss needs: with a large
-    vocabulary they outweigh the rest of the pass.
+    Logits are made only where the loss needs them: with a large vocabulary they outweigh the rest
+    of the pass.
 
     Args:
         batch: as `collate` makes it, on the model's device.
@@ -26,18 +25,25 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORED_LABEL
-    columns = wanted.any(dim=0).nonzero()
-    first = int(columns[0]) if len(columns) else targets.shape[1] - 1
-    targets, wanted = targets[:, first:], wanted[:, first:]
-    n_kept = targets.shape[1] + 1
-    settings: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        settings["logits_to_keep"] = n_kept
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
-    logits = output.logits[:, -n_kept:-1]
+
+    def keep(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][:, :-1][wanted].unsqueeze(0),)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        mask = needed_mask(batch["attention_mask"])
+        output = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
     losses = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    losses[wanted] = cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
+    losses[wanted] = cross_entropy(output.logits[0].float(), targets[wanted], reduction="none")
     return losses, wanted
+
+
+def batch_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy (nats) of all response tokens of a batch: what training minimises."""
+    losses, wanted = token_losses(model, batch)
+    return losses.sum() / wanted.sum().clamp(min=1)
 
 
 @torch.inference_mode()

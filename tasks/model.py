@@ -25,7 +25,7 @@ from tasks.stage import BaseModel, Plugin, Runtime, stage
 REFERENCE = "reference.json"
 
 
-@stage("model", outside_key=("heads", "arm"))
+@stage("model", version="2", outside_key=("heads", "arm"))
 def fine_tune(
     making: Making,
     runtime: Runtime,

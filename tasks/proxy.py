@@ -20,7 +20,7 @@ from tasks.samples import target_part
 from tasks.stage import BaseModel, Runtime, stage
 
 
-@stage("proxy")
+@stage("proxy", version="2")
 def proxy_run(
     making: Making, runtime: Runtime, base: BaseModel, target: ArtifactRef, training: TrainingSpec
 ) -> None:
@@ -33,7 +33,7 @@ def proxy_run(
     attention_slices(model, layers).save(making.folder / SLICES)
 
 
-@stage("head_proxy")
+@stage("head_proxy", version="2")
 def head_proxy_run(
     making: Making,
     runtime: Runtime,

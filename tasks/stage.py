@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -59,7 +60,11 @@ class BaseModel:
 
     def captured(self, runtime: Runtime) -> CapturedModel:
         """The model, loaded when it is first needed; kept for the process."""
-        return _captured(self, runtime.device, runtime.threads, runtime.tokens_per_batch)
+        with _MAKING:
+            return _captured(self, runtime.device, runtime.threads, runtime.tokens_per_batch)
+
+
+_MAKING = threading.Lock()
 
 
 @functools.lru_cache(maxsize=1)

@@ -44,6 +44,8 @@ class SelectionSummary(BaseModel):
     """Only where the corpus' samples carry a `label` column, which no stage reads."""
     notes: list[str] = []
     """What a person should know: gates relaxed, duplicates dropped, replay short."""
+    head_score_kept: float | None = None
+    """Share of the task heads' score that scoring looked at; less than 1 with scoring.depth."""
 
 
 class TrainableSummary(BaseModel):

@@ -1,4 +1,4 @@
-"""Only the task heads' slices move: each is a small trainable delta beside its frozen weight."""
+"""Only the task heads' slices move: each is a small trainable delta of its frozen weight."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +17,33 @@ class SlicedLinear(nn.Linear):
     """A frozen linear projection with a trainable delta on some of its rows or columns.
 
     ``weight`` and ``bias`` are the very parameters of the projection that it stands for, so that
-    state dicts keep their names; ``delta`` is added to ``weight[index]`` (``dim`` 0) or
-    ``weight[:, index]`` (``dim`` 1) and starts at zero. It is float32 where the weight is of lower
-    precision.
+    state dicts keep their names. The delta is kept in the weight: when ``delta`` may have moved,
+    the next pass writes ``base + delta`` to ``weight[index]`` (``dim`` 0) or ``weight[:, index]``
+    (``dim`` 1), so that a pass is one matrix product each way. ``delta`` starts at zero; it is
+    float32 where the weight is of lower precision.
     """
+
+    base: Tensor
+    index: Tensor
 
     def __init__(self, linear: nn.Linear, dim: int, index: Tensor) -> None:
         nn.Module.__init__(self)  # not Linear's: it would make a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.dim, self.index = dim, index
-        self.runs = _runs(index)
-        shape = list(linear.weight.shape)
-        shape[dim] = len(index)
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        self.delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=linear.weight.device))
+        self.dim = dim
+        where = index.to(linear.weight.device)
+        self.register_buffer("index", where, persistent=False)
+        base = linear.weight.detach().index_select(dim, where)
+        self.register_buffer("base", base, persistent=False)
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        self.delta = nn.Parameter(torch.zeros_like(base, dtype=dtype))
+        self.written: int | None = self.delta._version
+        """The version of ``delta`` that stands in the weight; None once a gradient came, because
+        fused optimizers do not count versions."""
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        self._write()
         device = input.device.type
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
@@ -42,18 +51,28 @@ class SlicedLinear(nn.Linear):
         flat = input.reshape(-1, self.in_features).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            output: Tensor = _SlicedProduct.apply(  # type: ignore[no-untyped-call]
-                flat, self.weight.to(dtype), bias, self.delta.to(dtype), self.dim, self.runs
+            output: Tensor = _SliceGradient.apply(  # type: ignore[no-untyped-call]
+                flat, self.weight.to(dtype), bias, self.delta, self
             )
         return output.view(*input.shape[:-1], self.out_features)
 
+    @torch.no_grad()
+    def _write(self) -> None:
+        if self.written != self.delta._version:
+            self.weight.index_copy_(self.dim, self.index, self._values())
+            self.written = self.delta._version
+
+    def _values(self) -> Tensor:
+        return (self.base.to(self.delta.dtype) + self.delta.detach()).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Gives the weight its base values back."""
+        self.weight.index_copy_(self.dim, self.index, self.base)
+
     def tuned_block(self) -> Block:
         """The new values of the slices, in the weight's precision; on the CPU."""
-        weight = self.weight.detach()
-        index = self.index.to(weight.device)
-        old = weight.index_select(self.dim, index)
-        values = (old.to(self.delta.dtype) + self.delta.detach()).to(weight.dtype)
-        return Block(self.dim, self.index, values.cpu())
+        return Block(self.dim, self.index.cpu(), self._values().cpu())
 
     def extra_repr(self) -> str:
         kind = "rows" if self.dim == 0 else "columns"
@@ -101,6 +120,7 @@ class HeadDeltas:
         tuned = self.tuned() if merge else None
         for path, linear in self._linears.items():
             module = self.modules[path]
+            module.reset()
             linear.weight, linear.bias = module.weight, module.bias
             linear.train(module.training)
             self.model.set_submodule(path, linear)
@@ -142,22 +162,11 @@ def attach_head_deltas(
     return HeadDeltas(model, modules, linears, moved)
 
 
-def _runs(index: Tensor) -> tuple[tuple[int, int, int], ...]:
-    """(start, stop, offset) of each stretch of neighbours; offset is its place in ``index``."""
-    runs: list[tuple[int, int, int]] = []
-    for offset, position in enumerate(index.tolist()):
-        if runs and runs[-1][1] == position:
-            runs[-1] = (runs[-1][0], position + 1, runs[-1][2])
-        else:
-            runs.append((position, position + 1, offset))
-    return tuple(runs)
+class _SliceGradient(torch.autograd.Function):
+    """``inputs @ weight.T + bias``, with a gradient for a slice of the weight and not for the rest.
 
-
-class _SlicedProduct(torch.autograd.Function):
-    """``inputs @ (weight with delta in it).T + bias``, without a gradient for the weight.
-
-    Forward and backward are the frozen projection's own matrix products, plus thin ones over the
-    slices that are added in place: no weight, gradient or activation is copied whole.
+    ``delta`` stands for the slice; what it adds is in the weight already. Of the inputs no more is
+    kept for the backward pass than the slice's gradient needs: all for rows, the slice for columns.
     """
 
     @staticmethod
@@ -167,41 +176,24 @@ class _SlicedProduct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         delta: Tensor,
-        dim: int,
-        runs: tuple[tuple[int, int, int], ...],
+        module: SlicedLinear,
     ) -> Tensor:
-        output = nn.functional.linear(inputs, weight, bias)
-        for start, stop, at in runs:
-            size = stop - start
-            if dim == 0:
-                output[:, start:stop].addmm_(inputs, delta.narrow(0, at, size).t())
-            else:
-                output.addmm_(inputs[:, start:stop], delta.narrow(1, at, size).t())
-        ctx.dim, ctx.runs = dim, runs
-        ctx.save_for_backward(inputs, weight, delta)
-        return output
+        ctx.module = module
+        seen = inputs if module.dim == 0 else inputs.index_select(1, module.index)
+        ctx.save_for_backward(seen, weight)
+        return nn.functional.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, delta = ctx.saved_tensors
+        seen, weight = ctx.saved_tensors
+        module: SlicedLinear = ctx.module
         grad_inputs = grad_delta = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_inputs = grad @ weight
             if ctx.needs_input_grad[3]:
-                grad_delta = torch.empty_like(delta)
-            for start, stop, at in ctx.runs:
-                size = stop - start
-                part = delta.narrow(ctx.dim, at, size)
-                if ctx.dim == 0:
-                    if grad_inputs is not None:
-                        grad_inputs.addmm_(grad[:, start:stop], part)
-                    if grad_delta is not None:
-                        grad_delta[at : at + size] = grad[:, start:stop].t() @ inputs
-                else:
-                    if grad_inputs is not None:
-                        grad_inputs[:, start:stop].addmm_(grad, part)
-                    if grad_delta is not None:
-                        grad_delta[:, at : at + size] = grad.t() @ inputs[:, start:stop]
-        return grad_inputs, None, None, grad_delta, None, None
+                of_slice = grad.index_select(1, module.index) if module.dim == 0 else grad
+                grad_delta = (of_slice.t() @ seen).to(module.delta.dtype)
+                module.written = None
+        return grad_inputs, None, None, grad_delta, None

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
 from p2d_core.progress import Progress
+from p2d_core.response_loss import batch_loss
 from p2d_core.samples.tokens import EncodedSample, collate
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ class _Samples(Dataset[EncodedSample]):
 
 class _Trainer(Trainer):
     """Keeps only the trainable parameters in checkpoints: the base is on disk already."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """`batch_loss`; one batch is one step."""
+        return batch_loss(model, inputs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from p2d_core.attention.layout import AttentionLayer
 from p2d_core.errors import HeadMapError, UnsupportedModelError
+from p2d_core.samples.tokens import needed_mask
 
 PAID = "p2d_attention_paid"
 
@@ -342,10 +343,9 @@ def _one_hot(segments: Tensor, n_segments: int) -> Tensor:
 
 def _run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Runs the backbone until a hook raises `_Stop`; dropout is off."""
-    # with padding on the right alone no token sees any, and SDPA is faster without a mask
-    right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
     device = _device_of(model)
-    mask = None if right else attention_mask.to(device)
+    mask = needed_mask(attention_mask)
+    mask = None if mask is None else mask.to(device)
     backbone = getattr(model, "base_model", model)
     was_training = model.training
     if was_training:

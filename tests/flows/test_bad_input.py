@@ -162,6 +162,8 @@ def test_fewer_samples_than_the_proxy_asks_for(case, capsys, monkeypatch):
         ("training", {"epochs": float("inf")}, "`training.epochs` was inf"),
         ("scoring", {"options": {"domain_quantile": 7}}, "setting `domain_quantile` was 7"),
         ("scoring", {"options": {"neighbours": 0}}, "setting `neighbours` was 0"),
+        ("scoring", {"depth": 1.5}, "`scoring.depth` was 1.5"),
+        ("scoring", {"depth": 0.5, "scorer": "tfidf"}, "the scorer 'tfidf' does not run the model"),
         (
             "scoring",
             {"scorer": "icl-attention", "options": {"draws": 0}},

@@ -95,6 +95,7 @@ CHANGES = [
     ("scoring", {"scorer": "tfidf"}),
     ("scoring", {"options": {"neighbours": 2}}),
     ("scoring", {"tokens_per_batch": 99}),
+    ("scoring", {"depth": 0.5}),
     ("selection", {"fraction": 0.3}),
     ("selection", {"pool": 2}),
     ("selection", {"match_lengths": False}),

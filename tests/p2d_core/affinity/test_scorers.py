@@ -1,5 +1,7 @@
 """What each scorer's numbers mean, and that they depend on nothing else."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -69,6 +71,22 @@ def affinities(name: str, model, heads, shards: list[list[Sample]], **options) -
     tables = [joined(shard, measure_shard(scorer, model, state, shard)) for shard in shards]
     compared = scorer.affinity(scorer.prepare(model, heads, TARGET), tables)
     return np.concatenate([np.asarray(part) for part in compared])
+
+
+@pytest.mark.parametrize("name", ["head-activation", "loss-shift"])
+def test_threads_that_share_a_model_measure_what_one_does(name, model, heads):
+    """Loss-shift has the tuned slices in the weights for half of the time."""
+    scorer = scorers.make(name, {})
+    state = scorer.prepare(model, heads, Target((), ()))
+    shards = [samples(20, seed) for seed in range(12)]
+
+    def measured(shard: list[Sample]) -> pa.Table:
+        return measure_shard(scorer, model, state, shard)
+
+    alone = [measured(shard) for shard in shards]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(measured, shards))
+    assert together == alone
 
 
 @pytest.mark.parametrize("name", SINGLE)
