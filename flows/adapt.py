@@ -193,13 +193,16 @@ def find_heads(run: Run, data: Data) -> ArtifactRef:
     return heads
 
 
-def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> ArtifactRef:
-    """Measurements of every shard, then scores, for each step of the scorer."""
+def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin) -> ArtifactRef:
+    """Measurements of every shard, then scores, for each step of the scorer.
+
+    ``heads`` may be None for a scorer that looks at none.
+    """
     scores = None
     for step in range(n_steps(scorer)):
         one = scorer_step(scorer, step).scorer
         head_proxy = tune_heads(run, data, heads) if one.needs_head_proxy else None
-        task_heads = head_map_in(heads).task_heads if one.needs_heads else NO_HEADS
+        task_heads = task_heads_of(heads if one.needs_heads else None)
         shards = shards_of(data.corpus)
         passing = scores.manifest.facts["passing"] if scores else [None] * len(shards)
         looked_at = {
@@ -238,8 +241,9 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> Ar
     return scores
 
 
-def tune_heads(run: Run, data: Data, heads: ArtifactRef) -> ArtifactRef:
+def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
     """The task heads alone, tuned on the proxy set."""
+    assert heads is not None
     with run.ledger.stage("head_proxy") as made:
         head_proxy = head_proxy_run(
             run.runtime,
@@ -253,6 +257,11 @@ def tune_heads(run: Run, data: Data, heads: ArtifactRef) -> ArtifactRef:
     return head_proxy
 
 
+def task_heads_of(heads: ArtifactRef | None) -> tuple[tuple[int, int], ...]:
+    """The task heads of a head map, none where no head is looked at."""
+    return head_map_in(heads).task_heads if heads is not None else NO_HEADS
+
+
 def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
     """The subset."""
     with run.ledger.stage("subset") as made:
@@ -261,18 +270,20 @@ def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
     return subset
 
 
-def train(run: Run, heads: ArtifactRef, subset: ArtifactRef, arm: str = "p2d") -> ArtifactRef:
-    """Fine-tuning with the chosen adaptation."""
-    needs_heads = run.inputs.adaptation_needs_heads
+def train(
+    run: Run, heads: ArtifactRef | None, subset: ArtifactRef, arm: str = "p2d"
+) -> ArtifactRef:
+    """Fine-tuning with the chosen adaptation; ``heads`` may be None for one that needs none."""
+    looked_at = heads if run.inputs.adaptation_needs_heads else None
     with run.ledger.stage("model" if arm == "p2d" else f"model_{arm}") as made:
         model = fine_tune(
             run.runtime,
             run.inputs.base,
             samples=subset,
             adaptation=run.inputs.adaptation,
-            task_heads=head_map_in(heads).task_heads if needs_heads else NO_HEADS,
+            task_heads=task_heads_of(looked_at),
             training=run.inputs.training,
-            heads=heads if needs_heads else None,
+            heads=looked_at,
             arm=arm,
         )
         made.append(model)

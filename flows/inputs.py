@@ -55,7 +55,9 @@ class Inputs:
     evaluating: EvaluationSpec
 
 
-def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> Inputs:
+def check_inputs(
+    settings: RunSettings, ranked_bases: Container[str] = (), like: Inputs | None = None
+) -> Inputs:
     """Reads what can be wrong and refuses it; writes nothing.
 
     Data files of more than 256 MB are read to their first 10,000 rows here; the `samples` stage
@@ -64,6 +66,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     Args:
         ranked_bases: hashes of base models in which heads were found before: looking again takes
             seconds.
+        like: what was checked of the same base and data: they are not read once more.
 
     Raises:
         InputError: says what is wrong, where, and what would do.
@@ -78,7 +81,8 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     if settings.training.adaptation == "lora":
         options.setdefault("seed", settings.seed)
     adaptation = adaptations.make(settings.training.adaptation, options)
-    _check_data(settings)
+    if like is None:
+        _check_data(settings)
     text = TextFormat(
         settings.format.separator, min(settings.format.max_tokens, most_tokens(Path(settings.base)))
     )
@@ -91,13 +95,13 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     def trained(epochs: float, learning_rate: float, batch_size: int) -> TrainingSpec:
         return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
 
-    base = BaseModel.of(Path(settings.base), settings.precision, text)
-    if base.sha256 not in ranked_bases:
+    base = like.base if like else BaseModel.of(Path(settings.base), settings.precision, text)
+    if like is None and base.sha256 not in ranked_bases:
         check_attention(Path(settings.base))
     return Inputs(
         base=base,
-        target=source(settings.target),
-        corpus=[source(each) for each in settings.corpus.sources],
+        target=like.target if like else source(settings.target),
+        corpus=like.corpus if like else [source(each) for each in settings.corpus.sources],
         evaluation=source(evaluation.source) if evaluation.source else None,
         retention=source(evaluation.retention) if evaluation.retention else None,
         ranker=Plugin.of(settings.heads.ranker, ranker),

@@ -111,13 +111,14 @@ def _selection(
         selected=facts["rows"],
         by_source=facts["by_source"],
         corpus_by_source=facts["corpus_by_source"],
-        by_label=_by_label(subset),
+        by_label=labels_of(subset),
         notes=notes,
         head_score_kept=head_score_kept,
     )
 
 
-def _by_label(subset: ArtifactRef) -> dict[str, int]:
+def labels_of(subset: ArtifactRef) -> dict[str, int]:
+    """Chosen samples by label, the most common first; empty where the samples carry none."""
     labels: Counter[str] = Counter()
     for extra in pq.read_table(subset.path / SUBSET, columns=["extra"])["extra"].to_pylist():
         label = json.loads(extra).get("label")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from p2d_core.errors import SettingsError
 
@@ -193,6 +193,50 @@ class TrackingSettings(_Settings):
     """Further tags of the run."""
 
 
+class Choice(_Settings):
+    """A ranker, scorer or adaptation of a comparison."""
+
+    name: str
+    """Its name."""
+    options: dict[str, Any] = {}
+    """Its settings."""
+    label: str = ""
+    """What it is called in the comparison; its name if empty."""
+    learning_rate: Positive | None = None
+    """Adaptations only: peak learning rate; that of the run (full: of arms) if empty."""
+
+    @property
+    def shown(self) -> str:
+        return self.label or self.name
+
+
+def _choice(given: Any) -> Any:
+    return {"name": given} if isinstance(given, str) else given
+
+
+Choices = Annotated[
+    tuple[Annotated[Choice, BeforeValidator(_choice)], ...],
+    Field(min_length=1, validate_default=True),
+]
+
+
+class CompareSettings(_Settings):
+    """The grid of `p2d compare`; `p2d adapt` does not look at it."""
+
+    rankers: Choices = ("frobenius", "random")  # type: ignore[assignment]
+    """Names, or {name, options, label}."""
+    scorers: Choices = ("head-filter", "tfidf", "random")  # type: ignore[assignment]
+    """Names, or {name, options, label}."""
+    adaptations: Choices = ("heads", "full")  # type: ignore[assignment]
+    """Names, or {name, options, label, learning_rate}."""
+    fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1,)
+    """Shares of the corpus that training sees."""
+    seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
+    """Of every draw and of training; the data stay the same."""
+    everything: bool = True
+    """Also full fine-tuning on the whole corpus; the AER is then against its measured time."""
+
+
 class RunSettings(_Settings):
     """One adaptation: from base, target and corpus to an adapted model and its AER."""
 
@@ -212,6 +256,7 @@ class RunSettings(_Settings):
     training: TrainingSettings = TrainingSettings()
     arms: ArmsSettings = ArmsSettings()
     tracking: TrackingSettings = TrackingSettings()
+    compare: CompareSettings = CompareSettings()
     seed: CountOrZero = 0
     """Of every draw and of training."""
     precision: Literal["float32", "bfloat16"] = "float32"

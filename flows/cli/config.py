@@ -123,7 +123,9 @@ def _value(name: str, field: FieldInfo) -> str:
     if isinstance(default, bool):
         return "true" if default else "false"
     if isinstance(default, tuple | list):
-        return "[]"
+        import json
+
+        return json.dumps(default)
     if isinstance(default, dict):
         return "{}"
     if isinstance(default, float) and default < 0.001:

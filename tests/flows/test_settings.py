@@ -10,7 +10,7 @@ from flows.settings import RunSettings, load_settings, parse_settings
 from p2d_core.errors import SettingsError
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 
-REQUIRED = {"base", "target", "path"}
+REQUIRED = {"base", "target", "path", "name"}
 
 
 def models(model: type[BaseModel]) -> list[type[BaseModel]]:

@@ -1,0 +1,288 @@
+"""Arms side by side: rankers x scorers x adaptations x shares x seeds over one base and corpus."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.adapt import (
+    FULL,
+    NO_HEADS,
+    Data,
+    Run,
+    choose,
+    cost_of_full,
+    evaluate,
+    find_heads,
+    read_data,
+    score_corpus,
+    train,
+)
+from flows.environment import wait_for_server
+from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.ledger import Ledger
+from flows.report import labels_of
+from flows.settings import Choice, RunSettings
+from p2d_core.adaptation.adaptations import adaptations
+from p2d_core.affinity import scorers, steps_of
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
+from p2d_core.errors import InputError, P2DError
+from p2d_core.evaluation.evaluate import HIGHER_IS_BETTER
+from p2d_core.store import ArtifactRef, Store
+from tasks.comparison import compare_arms
+from tasks.model import fine_tune
+from tasks.progress import progress_of
+
+log = logging.getLogger(__name__)
+
+_checked: ContextVar[dict[tuple[Arm, int], Inputs] | None] = ContextVar("checked", default=None)
+"""What `run_compare` has checked."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be run: each arm once, with its settings but for the seed."""
+
+    arms: dict[Arm, RunSettings]
+    seeds: tuple[int, ...]
+
+
+def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
+    """Checks all input of all arms, then runs the flow.
+
+    Raises:
+        InputError: before anything was started; names the arm.
+    """
+    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
+    checked = checked_arms(grid_of(settings), ranked)
+    named = compare.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
+    wait_for_server()
+    before = _checked.set(checked)
+    try:
+        return named(settings, store=str(store.resolve()))
+    finally:
+        _checked.reset(before)
+
+
+def grid_of(settings: RunSettings) -> Grid:
+    """Every combination that differs in something that is looked at.
+
+    Raises:
+        InputError: a ranker, scorer or adaptation is not known, or one of its options.
+    """
+    grid, arms = settings.compare, {}
+    for scorer, ranker, adaptation, fraction in product(
+        grid.scorers, grid.rankers, grid.adaptations, grid.fractions
+    ):
+        looks = _looks_at_heads(scorer, adaptation)
+        arm = Arm(scorer.shown, ranker.shown if looks else NONE, adaptation.shown, fraction)
+        arms.setdefault(arm, _settings_of(settings, scorer, ranker, adaptation, fraction))
+    return Grid(arms, tuple(dict.fromkeys(grid.seeds)))
+
+
+def checked_arms(grid: Grid, ranked: set[str]) -> dict[tuple[Arm, int], Inputs]:
+    """The inputs of every arm and seed; the data are read once a seed."""
+    checked: dict[tuple[Arm, int], Inputs] = {}
+    for arm, seed in product(grid.arms, grid.seeds):
+        settings = grid.arms[arm].model_copy(update={"seed": seed})
+        like = next((inputs for (_, other), inputs in checked.items() if other == seed), None)
+        try:
+            checked[arm, seed] = check_inputs(settings, ranked, like)
+        except InputError as error:
+            raise type(error)(f"arm {arm.label}: {error}") from error
+    return checked
+
+
+@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
+def compare(settings: RunSettings, store: str = "artifacts") -> ArtifactRef:
+    """Runs every arm; one that fails is shown as failed and takes no other with it."""
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    grid = grid_of(settings)
+    inputs = _checked.get() or checked_arms(grid, set())
+    ledger = Ledger(run_id)
+    runs: list[ArmRun] = []
+    total = len(grid.seeds) * (len(grid.arms) + 1 + settings.compare.everything)
+    with progress_of("arms") as progress:
+        for seed in grid.seeds:
+            first = next(iter(grid.arms))
+            of_seed = Seed(settings, seed, inputs[first, seed], store, run_id)
+            runs.append(attempt(Arm(BASE, NONE, NONE, 0.0), seed, of_seed.base))
+            progress(len(runs), total)
+            if settings.compare.everything:
+                runs.append(attempt(Arm(EVERYTHING, NONE, "full", 1.0), seed, of_seed.everything))
+                progress(len(runs), total)
+            for arm, chosen in grid.arms.items():
+                its = chosen.model_copy(update={"seed": seed})
+
+                def one(its: RunSettings = its, arm: Arm = arm, of_seed: Seed = of_seed) -> ArmRun:
+                    return of_seed.arm(arm, its, inputs[arm, of_seed.seed])
+
+                runs.append(attempt(arm, seed, one))
+                progress(len(runs), total)
+    metric = settings.evaluation.metric
+    with ledger.stage("comparison") as made:
+        ref = compare_arms(
+            make_runtime(settings, Path(store), run_id),
+            runs=runs,
+            metric=metric,
+            higher_is_better=HIGHER_IS_BETTER[metric],
+            name=settings.name,
+        )
+        made.append(ref)
+    return ref
+
+
+def attempt(arm: Arm, seed: int, work: Callable[[], ArmRun]) -> ArmRun:
+    """One arm as a Prefect task; its failure is a row like any other."""
+
+    @task(name="arm", task_run_name=f"{arm.label}, seed {seed}", cache_policy=NO_CACHE)
+    def run_arm() -> dict[str, Any]:
+        found.append(work())
+        return {"arm": arm.label, "seed": seed}
+
+    found: list[ArmRun] = []
+    try:
+        run_arm()
+    except P2DError as error:
+        log.warning("arm %s, seed %d failed: %s", arm.label, seed, error)
+        return ArmRun(arm, seed, error=str(error))
+    except Exception as error:
+        log.warning("arm %s, seed %d failed", arm.label, seed, exc_info=True)
+        return ArmRun(arm, seed, error=f"{type(error).__name__}: {error}")
+    return found[0]
+
+
+class Seed:
+    """What the arms of one seed share: the data, the base's quality, the price of everything."""
+
+    def __init__(
+        self, settings: RunSettings, seed: int, inputs: Inputs, store: str, run_id: str
+    ) -> None:
+        self.settings = settings.model_copy(update={"seed": seed})
+        self.seed, self.store, self.run_id = seed, store, run_id
+        self.shared = self._run(self.settings, inputs)
+        self.full: ArtifactRef | None = None
+        self._data: Data | None = None
+
+    def _run(self, settings: RunSettings, inputs: Inputs) -> Run:
+        runtime = make_runtime(settings, Path(self.store), self.run_id)
+        return Run(settings, inputs, runtime, Ledger(self.run_id))
+
+    @property
+    def data(self) -> Data:
+        if self._data is None:
+            self._data = read_data(self.shared)
+        return self._data
+
+    def base(self) -> ArmRun:
+        """The base model as it is."""
+        return self._measured(self.shared, Arm(BASE, NONE, NONE, 0.0), None)
+
+    def everything(self) -> ArmRun:
+        """Full fine-tuning on the whole corpus."""
+        run = self.shared
+        self.full = fine_tune(
+            run.runtime,
+            run.inputs.base,
+            samples=self.data.corpus,
+            adaptation=FULL,
+            task_heads=NO_HEADS,
+            training=run.inputs.full_training,
+            heads=None,
+            arm="full",
+        )
+        done = self._measured(run, Arm(EVERYTHING, NONE, "full", 1.0), self.full)
+        seconds = float(self.full.manifest.cost["wall_seconds"])
+        return replace(done, aer=1.0, seconds={"model": seconds}, full_seconds=seconds)
+
+    def arm(self, arm: Arm, settings: RunSettings, inputs: Inputs) -> ArmRun:
+        """Heads where they are looked at, scores, subset, training, evaluation."""
+        run = self._run(settings, inputs)
+        data = self.data
+        heads = find_heads(run, data) if arm.ranker != NONE else None
+        scores = score_corpus(run, data, heads, inputs.scorer)
+        subset = choose(run, data, scores)
+        model = train(run, heads, subset)
+        reference = cost_of_full(run, data, self.full)
+        cold, _ = run.ledger.aer(reference)
+        done = self._measured(run, arm, model)
+        refs = {"scores": scores, "subset": subset, "model": model}
+        if heads is not None:
+            refs["heads"] = heads
+        return replace(
+            done,
+            selected=int(subset.manifest.facts["rows"]),
+            labels=labels_of(subset),
+            aer=cold.ratio,
+            seconds=dict(cold.stages),
+            full_seconds=reference.seconds,
+            artifacts={name: ref.key for name, ref in refs.items()},
+        )
+
+    def _measured(self, run: Run, arm: Arm, model: ArtifactRef | None) -> ArmRun:
+        measured = evaluate(run, self.data, arm.label, model)
+        metric = self.settings.evaluation.metric
+        facts = {on: ref.manifest.facts["metrics"] for on, ref in measured.items()}
+        table = pq.read_table(
+            measured["target"].path / "samples.parquet", columns=["sample_id", metric]
+        )
+        cost = model.manifest.cost if model is not None else {}
+        return ArmRun(
+            arm,
+            self.seed,
+            quality=float(facts["target"][metric]),
+            retention=float(facts["retention"][metric]) if "retention" in facts else None,
+            metrics=dict(facts["target"]),
+            values=dict(
+                zip(
+                    table["sample_id"].to_pylist(), map(float, table[metric].to_pylist()),
+                    strict=True,
+                )
+            ),
+            parameters=model.manifest.facts["trainable"] if model is not None else None,
+            peak_memory_bytes=int(cost["peak_memory_bytes"]) if cost else None,
+        )  # fmt: skip
+
+
+def _looks_at_heads(scorer: Choice, adaptation: Choice) -> bool:
+    steps = steps_of(scorers.make(scorer.name, scorer.options))
+    trained = adaptations.make(adaptation.name, adaptation.options)
+    return bool(trained.needs_heads) or any(
+        step.scorer.needs_heads or step.scorer.needs_head_proxy for step in steps
+    )
+
+
+def _settings_of(
+    settings: RunSettings, scorer: Choice, ranker: Choice, adaptation: Choice, fraction: float
+) -> RunSettings:
+    is_full = adaptation.name == "full"
+    rate = settings.arms.full_learning_rate if is_full else settings.training.learning_rate
+    changes: Sequence[tuple[str, dict[str, Any]]] = (
+        ("heads", {"ranker": ranker.name, "options": ranker.options}),
+        ("scoring", {"scorer": scorer.name, "options": scorer.options}),
+        (
+            "training",
+            {
+                "adaptation": adaptation.name,
+                "options": adaptation.options,
+                "learning_rate": adaptation.learning_rate or rate,
+            },
+        ),
+        ("selection", {"fraction": fraction}),
+    )
+    for section, change in changes:
+        part = getattr(settings, section).model_copy(update=change)
+        settings = settings.model_copy(update={section: part})
+    return settings

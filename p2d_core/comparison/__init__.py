@@ -1,0 +1,1 @@
+"""Arms side by side: what was chosen and how it was trained, against what came of it."""

@@ -1,0 +1,146 @@
+"""An arm of a comparison, what one run of it gave, and the two tables that keep it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+COMPARISON = "comparison.parquet"
+SAMPLES = "samples.parquet"
+NONE = "-"
+"""The ranker of an arm that looks at no heads."""
+EVERYTHING = "everything"
+"""The scorer of an arm that trains on the whole corpus."""
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Arm:
+    """How the data were chosen and which parameters moved; seeds are runs of one arm."""
+
+    scorer: str
+    ranker: str
+    adaptation: str
+    fraction: float
+
+    @property
+    def label(self) -> str:
+        """Such as ``head-filter, frobenius, heads, 10%``."""
+        if self.scorer == BASE:
+            return BASE
+        named = [each for each in (self.scorer, self.ranker, self.adaptation) if each != NONE]
+        return ", ".join([*named, f"{100 * self.fraction:.3g}%"])
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRun:
+    """One run of an arm: one seed. Numbers are None where the run failed."""
+
+    arm: Arm
+    seed: int
+    error: str | None = None
+    quality: float | None = None
+    """The comparison's metric on the target."""
+    retention: float | None = None
+    """The same metric on the retention samples."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The metric of each evaluation sample, by sample id."""
+    selected: int | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """Chosen samples by label, where the corpus' samples carry one."""
+    aer: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Cold seconds by term of the AER."""
+    full_seconds: float | None = None
+    parameters: int | None = None
+    """Trainable."""
+    peak_memory_bytes: int | None = None
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    """Stage -> key."""
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+
+_JSON = ("metrics", "labels", "seconds", "artifacts")
+
+
+def write(runs: Sequence[ArmRun], metric: str, higher_is_better: bool, folder: Path) -> None:
+    """Writes ``comparison.parquet``, a row an arm and seed, and ``samples.parquet``."""
+    rows, samples = [], []
+    for run in runs:
+        plain = {f.name: getattr(run, f.name) for f in fields(run)}
+        values = plain.pop("values")
+        plain |= asdict(plain.pop("arm")) | {name: _text(plain[name]) for name in _JSON}
+        rows.append({"label": run.arm.label} | plain)
+        samples += [
+            {"label": run.arm.label, "seed": run.seed, "sample_id": sample_id, "value": value}
+            for sample_id, value in values.items()
+        ]
+    header = {"metric": metric, "higher_is_better": json.dumps(higher_is_better)}
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata(header)
+    pq.write_table(table, folder / COMPARISON, compression="zstd")
+    pq.write_table(
+        pa.Table.from_pylist(samples, schema=_SAMPLES), folder / SAMPLES, compression="zstd"
+    )
+
+
+def read(folder: Path) -> tuple[list[ArmRun], str, bool]:
+    """The inverse of `write`: runs, metric, and whether higher is better."""
+    table = pq.read_table(folder / COMPARISON)
+    values: dict[tuple[str, int], dict[str, float]] = {}
+    for row in pq.read_table(folder / SAMPLES).to_pylist():
+        values.setdefault((row["label"], row["seed"]), {})[row["sample_id"]] = row["value"]
+    runs = []
+    for row in table.to_pylist():
+        label = row.pop("label")
+        arm = Arm(**{f.name: row.pop(f.name) for f in fields(Arm)})
+        row |= {name: json.loads(row[name]) for name in _JSON}
+        run = ArmRun(arm, **row)
+        runs.append(replace(run, values=values.get((label, run.seed), {})))
+    header = table.schema.metadata
+    return runs, header[b"metric"].decode(), bool(json.loads(header[b"higher_is_better"]))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+_SCHEMA = pa.schema(
+    [
+        ("label", pa.string()),
+        ("scorer", pa.string()),
+        ("ranker", pa.string()),
+        ("adaptation", pa.string()),
+        ("fraction", pa.float64()),
+        ("seed", pa.int64()),
+        ("error", pa.string()),
+        ("quality", pa.float64()),
+        ("retention", pa.float64()),
+        ("metrics", pa.string()),
+        ("selected", pa.int64()),
+        ("labels", pa.string()),
+        ("aer", pa.float64()),
+        ("seconds", pa.string()),
+        ("full_seconds", pa.float64()),
+        ("parameters", pa.int64()),
+        ("peak_memory_bytes", pa.int64()),
+        ("artifacts", pa.string()),
+    ]
+)
+_SAMPLES = pa.schema(
+    [
+        ("label", pa.string()),
+        ("seed", pa.int64()),
+        ("sample_id", pa.string()),
+        ("value", pa.float64()),
+    ]
+)

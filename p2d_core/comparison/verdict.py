@@ -1,0 +1,157 @@
+"""What a comparison says, in words made from paired tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
+from p2d_core.comparison.statistics import Interval, mean_interval, paired_difference
+
+RANDOM = "random"
+BASELINES = (RANDOM, "tfidf", "rds-plus")
+
+
+@dataclass(frozen=True, slots=True)
+class ArmLine:
+    """An arm over its seeds."""
+
+    arm: Arm
+    runs: int
+    failed: int
+    """Of the runs."""
+    quality: Interval | None
+    retention: Interval | None
+    aer: float | None
+    """Mean; None for arms that the AER does not apply to."""
+    over_random: Interval | None
+    """Against the arm with random data and all else equal; above 0 is better."""
+    over_best: Interval | None
+    """Against the arm with the best mean quality."""
+    on_front: bool
+    """No other arm is as good for less, or better for as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A question that two arms answer."""
+
+    question: str
+    a: Arm
+    b: Arm
+    gain: Interval
+    """Of a over b, in the metric, above 0 is better."""
+
+    @property
+    def words(self) -> str:
+        """yes, no or not shown, with the figures."""
+        said = {1: "yes", 0: "not shown", -1: "no, it is worse"}[self.gain.shows]
+        return (
+            f"{said} ({self.gain.mean:+.3f}, {self.gain.low:+.3f} to {self.gain.high:+.3f}; "
+            f"{self.a.label} against {self.b.label})"
+        )
+
+
+def arm_lines(runs: Sequence[ArmRun], higher_is_better: bool) -> list[ArmLine]:
+    """A line an arm, the best first; arms of which every run failed come last."""
+    by_arm = _by_arm(runs)
+    means = {arm: _quality(each) for arm, each in by_arm.items()}
+    aers = {arm: _mean([run.aer for run in each]) for arm, each in by_arm.items()}
+    sign = 1 if higher_is_better else -1
+    known = {arm: sign * each.mean for arm, each in means.items() if each is not None}
+    best = max(known, key=lambda arm: known[arm]) if known else None
+    lines = []
+    for arm, each in by_arm.items():
+        by_chance = Arm(RANDOM, arm.ranker, arm.adaptation, arm.fraction)
+        retained = [run.retention for run in each if run.retention is not None]
+        lines.append(
+            ArmLine(
+                arm=arm,
+                runs=len(each),
+                failed=sum(run.failed for run in each),
+                quality=means[arm],
+                retention=mean_interval(retained) if retained else None,
+                aer=aers[arm],
+                over_random=_gain(by_arm, arm, _like(by_arm, by_chance), higher_is_better),
+                over_best=_gain(by_arm, arm, best, higher_is_better),
+                on_front=arm in known
+                and not any(
+                    known[other] >= known[arm]
+                    and (aers[other] or 0) <= (aers[arm] or 0)
+                    and (known[other], -(aers[other] or 0)) != (known[arm], -(aers[arm] or 0))
+                    for other in known
+                ),
+            )
+        )
+    return sorted(lines, key=lambda line: -known.get(line.arm, float("-inf")))
+
+
+def answers(runs: Sequence[ArmRun], higher_is_better: bool) -> list[Answer]:
+    """What the arms that are there can answer; a question without its two arms is not asked."""
+    by_arm = _by_arm(runs)
+    found: list[Answer] = []
+
+    def ask(question: str, a: Arm, b: Arm | None) -> None:
+        gain = _gain(by_arm, a, b, higher_is_better)
+        if gain is not None and b is not None:
+            found.append(Answer(question, a, b, gain))
+
+    for arm in sorted(by_arm):
+        if arm.scorer in (BASE, EVERYTHING, *BASELINES) or arm.ranker == RANDOM:
+            continue
+        for baseline in BASELINES:
+            other = _like(by_arm, Arm(baseline, arm.ranker, arm.adaptation, arm.fraction))
+            ask(f"Does {arm.scorer} choose better data than {baseline}?", arm, other)
+    for arm in sorted(by_arm):
+        if arm.ranker in (NONE, RANDOM):
+            continue
+        other = _like(by_arm, Arm(arm.scorer, RANDOM, arm.adaptation, arm.fraction))
+        alone = {a.ranker for a in by_arm if (a.scorer, a.adaptation) == (arm.scorer, "full")}
+        if arm.adaptation != "heads":
+            role = "for choosing data"
+        elif alone == {NONE} or arm.scorer in BASELINES:
+            role = "for tuning"
+        else:
+            role = "for both"
+        ask(f"Do {arm.ranker} heads beat random heads {role}?", arm, other)
+    everything = next((arm for arm in by_arm if arm.scorer == EVERYTHING), None)
+    for arm in sorted(by_arm):
+        if arm.adaptation == "heads" and arm.ranker != RANDOM and arm.scorer not in BASELINES:
+            ask("Is it better than full fine-tuning on everything?", arm, everything)
+    order = list(dict.fromkeys(answer.question for answer in found))
+    return sorted(found, key=lambda answer: order.index(answer.question))
+
+
+def _like(by_arm: Iterable[Arm], wanted: Arm) -> Arm | None:
+    """That arm, or, of one that looks at no head, the one without a ranker."""
+    known = set(by_arm)
+    without = Arm(wanted.scorer, NONE, wanted.adaptation, wanted.fraction)
+    return next((arm for arm in (wanted, without) if arm in known), None)
+
+
+def _by_arm(runs: Sequence[ArmRun]) -> dict[Arm, list[ArmRun]]:
+    by_arm: dict[Arm, list[ArmRun]] = {}
+    for run in runs:
+        by_arm.setdefault(run.arm, []).append(run)
+    return by_arm
+
+
+def _quality(runs: Sequence[ArmRun]) -> Interval | None:
+    values = [run.quality for run in runs if run.quality is not None]
+    return mean_interval(values) if values else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _gain(
+    by_arm: dict[Arm, list[ArmRun]], a: Arm, b: Arm | None, higher_is_better: bool
+) -> Interval | None:
+    if b is None or a == b:
+        return None
+    first, second = ({run.seed: run.values for run in by_arm[arm]} for arm in (a, b))
+    return (
+        paired_difference(first, second) if higher_is_better else paired_difference(second, first)
+    )

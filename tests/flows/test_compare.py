@@ -1,0 +1,115 @@
+"""`p2d compare` on a small job: shared stages, failed arms, the tables."""
+
+import pytest
+import yaml
+
+from flows.cli.compare import show
+from flows.compare import grid_of, run_compare
+from flows.settings import load_settings, parse_settings
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, read
+from p2d_core.comparison.picture import PICTURE
+from p2d_core.errors import InputError, SettingsError
+from p2d_core.store import Store
+from tests.flows.test_adapt import Job
+
+GRID = {
+    "rankers": ["frobenius", "random"],
+    "scorers": ["head-activation", "random"],
+    "adaptations": [
+        "heads",
+        {"name": "full", "learning_rate": 0.001},
+        {"name": "full", "label": "diverging", "learning_rate": 1e30},
+    ],
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    job = Job(tmp_path_factory.mktemp("compare"))
+    file = job.folder / "compare.yaml"
+    file.write_text(yaml.safe_dump(job.values | {"compare": GRID}))
+    made = run_compare(load_settings(file), store=job.store)
+    return job, file, made
+
+
+def test_every_combination_that_differs_in_what_it_looks_at_is_an_arm(compared):
+    _, file, _ = compared
+    arms = {(a.scorer, a.ranker, a.adaptation) for a in grid_of(load_settings(file)).arms}
+    assert ("random", "frobenius", "heads") in arms
+    assert ("random", NONE, "full") in arms
+    assert ("random", "frobenius", "full") not in arms
+
+
+def test_stages_that_arms_share_are_computed_once(compared):
+    job, _, _ = compared
+    store = Store(job.store)
+    made = {stage: len(list(store.refs(stage))) for stage in ("proxy", "heads", "scores")}
+    # one proxy run and one frobenius map a seed; random heads need no proxy run
+    assert made == {"proxy": 2, "heads": 4, "scores": 2 * (2 + 1)}
+
+
+def test_a_failed_arm_is_a_row_and_takes_no_other_with_it(compared):
+    runs, _, _ = read(compared[2].path)
+    failed = {(run.arm.adaptation, run.seed) for run in runs if run.failed}
+    assert failed == {("diverging", 0), ("diverging", 1)}
+    assert all("Lower the learning rate" in run.error for run in runs if run.failed)
+    assert {run.seed for run in runs if run.arm.adaptation == "full" and not run.failed} == {0, 1}
+
+
+def test_a_row_has_what_a_reader_asks_for(compared):
+    runs, metric, higher_is_better = read(compared[2].path)
+    assert (metric, higher_is_better) == ("loss", False)
+    done = [run for run in runs if not run.failed]
+    assert {run.arm.scorer for run in done} == {BASE, EVERYTHING, "head-activation", "random"}
+    for run in done:
+        assert len(run.values) == 12
+        assert run.quality == pytest.approx(sum(run.values.values()) / 12)
+        if run.arm.scorer not in (BASE, EVERYTHING):
+            assert run.selected == 120
+            assert sum(run.labels.values()) == 120
+            assert run.aer == pytest.approx(sum(run.seconds.values()) / run.full_seconds)
+            assert run.parameters > 0
+            assert run.peak_memory_bytes > 0
+
+
+def test_a_learning_rate_of_its_own_reaches_the_adaptation(compared):
+    _, file, _ = compared
+    arms = grid_of(load_settings(file)).arms
+    rates = {arm.adaptation: its.training.learning_rate for arm, its in arms.items()}
+    default = load_settings(file).training.learning_rate
+    assert rates == {"heads": default, "full": 0.001, "diverging": 1e30}
+
+
+def test_a_second_run_computes_nothing(compared):
+    job, file, made = compared
+    before = {ref.key for ref in Store(job.store).refs()}
+    again = run_compare(load_settings(file), store=job.store)
+    assert again.key == made.key
+    assert {ref.key for ref in Store(job.store).refs()} == before
+
+
+def test_the_screen_shows_arms_verdict_and_picture(compared, capsys):
+    from rich.console import Console
+
+    show(compared[2], Console(width=120))
+    shown = capsys.readouterr().out
+    assert "head-activation, frobenius, heads, 10%" in shown
+    assert "2 of 2 failed" in shown
+    assert "Does head-activation choose better data than random?" in shown
+    assert PICTURE in shown
+
+
+def test_an_unknown_scorer_in_the_grid_is_refused_before_anything_starts(tmp_path, compared):
+    job, _, _ = compared
+    values = job.values | {"compare": GRID | {"scorers": ["bm42"]}}
+    settings = parse_settings(values, job.folder / "x.yaml")
+    with pytest.raises(InputError, match="there is no scorer 'bm42'"):
+        run_compare(settings, store=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_without_seeds_is_refused(compared):
+    job, _, _ = compared
+    with pytest.raises(SettingsError, match=r"`compare.seeds` was \(?\[?\]?\)?"):
+        parse_settings(job.values | {"compare": {"seeds": []}}, job.folder / "x.yaml")
