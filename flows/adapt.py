@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -15,12 +16,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.environment import wait_for_server
 from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.killed import clear_killed, end_orphans, noted
 from flows.ledger import Ledger
 from flows.report import make_summary
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
-from p2d_core.errors import HeadMapError
+from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
@@ -39,8 +41,8 @@ NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
 
 
-_checked: ContextVar[Inputs | None] = ContextVar("checked", default=None)
-"""What `run_adapt` has checked, so that the flow does not read all data once more."""
+_begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
+"""The run that `run_adapt` has noted and checked, so that the flow does not read all data again."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +75,44 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         InputError: before anything was started.
         ArtifactError: there is no such head map.
     """
-    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
-    inputs = check_inputs(settings, ranked)
+    inputs = check_inputs(settings, ranked_bases(Store(store)))
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
+    end_orphans(store)
     wait_for_server()
-    checked = _checked.set(inputs)
+    clear_killed(store)
+    run_id = new_run_id()
+    begun = _begun.set((run_id, inputs))
     try:
-        return named(settings, store=str(store.resolve()), head_map=head_map)
+        with noted(store, run_id):
+            return named(settings, store=str(store.resolve()), head_map=head_map)
     finally:
-        _checked.reset(checked)
+        _begun.reset(begun)
+
+
+def new_run_id() -> str:
+    """When it began, and a few letters more."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def ranked_bases(store: Store) -> set[str]:
+    """Hashes of the base models that the store has head maps of."""
+    found = set()
+    for ref in store.refs("heads"):
+        # a damaged manifest is the stage's to find, if this run needs that head map
+        with suppress(ArtifactError):
+            found.add(ref.manifest.inputs["base"]["sha256"])
+    return found
 
 
 @flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
 def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None = None) -> Summary:
     """Adapts a base model to a target by its task heads, and says what it cost."""
     start = time.perf_counter()
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    inputs = _checked.get() or check_inputs(settings)
+    run_id, inputs = _begun.get() or (new_run_id(), check_inputs(settings))
     run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
 
     data = read_data(run)
@@ -153,6 +172,12 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
         raise HeadMapError(
             f"head map {ref.key[:12]} is damaged and was set aside. "
             "Leave --head-map out to rank anew."
+        )
+    proxy = ref.manifest.inputs.get("proxy")
+    if proxy and store.path("proxy", proxy).exists() and store.find("proxy", proxy) is None:
+        raise HeadMapError(
+            f"the proxy run {proxy[:12]} of head map {ref.key[:12]} is damaged and was set aside. "
+            "Leave --head-map out to make it again."
         )
     made_for = ref.manifest.inputs["base"]["sha256"]
     if made_for != inputs.base.sha256:

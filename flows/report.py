@@ -112,6 +112,7 @@ def _selection(
         by_source=facts["by_source"],
         corpus_by_source=facts["corpus_by_source"],
         by_label=labels_of(subset),
+        cut_off=facts["cut_off"],
         notes=notes,
         head_score_kept=head_score_kept,
     )

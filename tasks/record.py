@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import logging
@@ -23,6 +24,7 @@ from prefect.cache_policies import NO_CACHE
 
 from p2d_core.errors import P2DError, TransientError
 from p2d_core.store import ArtifactRef
+from p2d_core.store.runs import keep_summary
 from tasks.pictures import draw_pictures
 from tasks.stage import is_transient
 from tasks.summary import ARMS, Summary
@@ -56,9 +58,18 @@ def prepare_tracking(store: Path) -> None:
     """
     folder = store.resolve() / "mlflow"
     database = folder / "mlflow.db"
-    if database.exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # whoever drew these up held the lock, and was killed
+        for file in folder.glob(".mlflow-*"):
+            file.unlink()
+        if not database.exists():
+            _make_database(database)
+
+
+def _make_database(database: Path) -> None:
+    folder = database.parent
     draft = folder / f".mlflow-{uuid.uuid4().hex[:8]}.db"
     log.info("making %s: once for this store", database)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -78,9 +89,7 @@ def prepare_tracking(store: Path) -> None:
             made.engine.dispose()
             with draft.open("rb") as stream:
                 os.fsync(stream.fileno())
-            # unlike a rename, a link never replaces what another process made in the meantime
-            with suppress(FileExistsError):
-                database.hardlink_to(draft)
+            draft.rename(database)
         finally:
             event.remove(Engine, "connect", without_sync)
             for file in folder.glob(f"{draft.name}*"):
@@ -128,7 +137,10 @@ def record_run(
             client = MlflowClient(tracking_uri=uri)
             location = store.resolve() / "mlflow" / "artifacts" if local else None
             experiment_id = _experiment(client, experiment, location)
-            run_id = _write(client, experiment_id, summary, settings, refs, dict(tags or {}))
+            scratch = store.resolve() / ".scratch"
+            run_id = _write(
+                client, experiment_id, summary, settings, refs, dict(tags or {}), scratch
+            )
         except (MlflowException, SQLAlchemyError, OSError) as error:
             may_pass = isinstance(error, OSError | OperationalError)
             raise (TransientError if may_pass else P2DError)(
@@ -143,8 +155,6 @@ def record_run(
 @task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
 def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary:
     """Records the run in MLflow and writes ``runs/<run_id>.json``; every run is, reused or not."""
-    runs = Path(store) / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
     tracking = settings["tracking"]
     public = {**tracking, "uri": shown_uri(tracking["uri"] or "")}
     try:
@@ -157,9 +167,7 @@ def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary
             tags=tracking["tags"],
         )
     finally:
-        file = runs / f"{summary.run_id}.json"
-        file.with_suffix(".tmp").write_text(summary.to_json(), encoding="utf-8")
-        file.with_suffix(".tmp").replace(file)
+        keep_summary(Path(store), summary.run_id, summary.to_json())
     return summary
 
 
@@ -170,6 +178,7 @@ def _write(
     settings: Mapping[str, Any],
     refs: Mapping[str, ArtifactRef],
     tags: dict[str, str],
+    scratch: Path,
 ) -> str:
     from mlflow.entities import Param, RunTag
 
@@ -183,7 +192,9 @@ def _write(
         curves = {name: curve for name, ref in refs.items() if (curve := _loss_curve(ref))}
         for batch in _batches(_metrics(summary, curves), 1000):
             client.log_batch(run_id, metrics=batch)
-        with tempfile.TemporaryDirectory() as folder:
+        # in the store, where the next run finds it when this one is killed
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"record-{summary.run_id}-", dir=scratch) as folder:
             draw_pictures(Path(folder), summary, refs, curves)
             (Path(folder) / "summary.json").write_text(summary.to_json(), encoding="utf-8")
             client.log_artifacts(run_id, folder)
@@ -280,6 +291,7 @@ def _metrics(summary: Summary, curves: Mapping[str, list[dict[str, float]]]) -> 
         "heads/total": summary.heads.total,
         "selection/selected": selection.selected,
         "selection/corpus": selection.corpus,
+        "selection/cut_off": selection.cut_off,
         "seconds": summary.seconds,
     }
     numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
@@ -354,7 +366,8 @@ def as_markdown(summary: Summary) -> str:
     lines = [
         f"**{summary.name}**: {summary.base} adapted to {summary.target}, "
         f"{summary.heads.selected} of {summary.heads.total} heads, "
-        f"{selection.selected:,} of {selection.corpus:,} samples.",
+        f"{selection.selected:,} of {selection.corpus:,} samples"
+        f"{selection.boundary_text}.",
         "",
         f"| arm | {quality.metric} ({better} is better) | retention |",
         "|---|---|---|",
