@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -26,12 +25,15 @@ from flows.adapt import (
     cost_of_full,
     evaluate,
     find_heads,
+    new_run_id,
+    ranked_bases,
     read_data,
     score_corpus,
     train,
 )
 from flows.environment import wait_for_server
 from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.killed import clear_killed, end_orphans, noted
 from flows.ledger import Ledger
 from flows.report import labels_of
 from flows.settings import Choice, RunSettings
@@ -47,8 +49,10 @@ from tasks.progress import progress_of
 
 log = logging.getLogger(__name__)
 
-_checked: ContextVar[dict[tuple[Arm, int], Inputs] | None] = ContextVar("checked", default=None)
-"""What `run_compare` has checked."""
+_begun: ContextVar[tuple[str, dict[tuple[Arm, int], Inputs]] | None] = ContextVar(
+    "begun", default=None
+)
+"""The run that `run_compare` has noted, and the inputs that it has checked."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,18 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
     Raises:
         InputError: before anything was started; names the arm.
     """
-    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
-    checked = checked_arms(grid_of(settings), ranked)
+    checked = checked_arms(grid_of(settings), ranked_bases(Store(store)))
     named = compare.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
+    end_orphans(store)
     wait_for_server()
-    before = _checked.set(checked)
+    clear_killed(store)
+    run_id = new_run_id()
+    begun = _begun.set((run_id, checked))
     try:
-        return named(settings, store=str(store.resolve()))
+        with noted(store, run_id):
+            return named(settings, store=str(store.resolve()))
     finally:
-        _checked.reset(before)
+        _begun.reset(begun)
 
 
 def grid_of(settings: RunSettings) -> Grid:
@@ -108,9 +115,8 @@ def checked_arms(grid: Grid, ranked: set[str]) -> dict[tuple[Arm, int], Inputs]:
 @flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
 def compare(settings: RunSettings, store: str = "artifacts") -> ArtifactRef:
     """Runs every arm; one that fails is shown as failed and takes no other with it."""
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     grid = grid_of(settings)
-    inputs = _checked.get() or checked_arms(grid, set())
+    run_id, inputs = _begun.get() or (new_run_id(), checked_arms(grid, set()))
     ledger = Ledger(run_id)
     runs: list[ArmRun] = []
     total = len(grid.seeds) * (len(grid.arms) + 1 + settings.compare.everything)
