@@ -29,9 +29,15 @@ from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
 from tasks.record import record
-from tasks.samples import assemble, read_source, shards_of, split_target
+from tasks.samples import (
+    assemble,
+    read_source,
+    refuse_too_many_rejected,
+    shards_of,
+    split_target,
+)
 from tasks.scores import score
-from tasks.stage import Plugin, Runtime
+from tasks.stage import Plugin, Runtime, SourceInput
 from tasks.subset import draw_subset
 from tasks.summary import Summary
 
@@ -61,6 +67,8 @@ class Data:
     corpus: ArtifactRef
     evaluation: ArtifactRef
     retention: ArtifactRef | None
+    sources: tuple[ArtifactRef, ...]
+    """Each file as it was read."""
 
 
 def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None) -> Summary:
@@ -109,7 +117,15 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
 
     summary = make_summary(
-        settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
+        settings,
+        run.ledger,
+        reference,
+        data.sources,
+        data.corpus,
+        heads,
+        subset,
+        models,
+        evaluations,
     )
     summary.seconds = time.perf_counter() - start
     return record(summary, settings.model_dump(mode="json"), store=store)
@@ -118,15 +134,21 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
 def read_data(run: Run) -> Data:
     """Samples: every source into shards; the target into its parts; the corpus."""
     inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    sources: list[ArtifactRef] = []
+
+    def read(source: SourceInput) -> ArtifactRef:
+        sources.append(read_source(runtime, source))
+        return sources[-1]
+
     with run.ledger.stage("samples") as made:
         evaluation = retention = None
         if inputs.evaluation is not None:
-            evaluation = read_source(runtime, inputs.evaluation)
+            evaluation = read(inputs.evaluation)
         if inputs.retention is not None:
-            retention = read_source(runtime, inputs.retention)
+            retention = read(inputs.retention)
         target = split_target(
             runtime,
-            target=read_source(runtime, inputs.target),
+            target=read(inputs.target),
             evaluation=evaluation,
             n_proxy=settings.proxy.samples,
             n_held_out=settings.proxy.held_out,
@@ -135,13 +157,14 @@ def read_data(run: Run) -> Data:
         )
         corpus = assemble(
             runtime,
-            sources=[read_source(runtime, each) for each in inputs.corpus],
+            sources=[read(each) for each in inputs.corpus],
             target=target,
             kept_out=[ref for ref in (evaluation, retention) if ref is not None],
             include_target=settings.corpus.include_target,
         )
+        refuse_too_many_rejected(sources, settings.skip_bad_rows)
         made += [target, corpus]
-    return Data(target, corpus, evaluation or target, retention)
+    return Data(target, corpus, evaluation or target, retention, tuple(sources))
 
 
 def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:

@@ -146,6 +146,8 @@ class SelectionSettings(_Settings):
     """Share of the subset that a source gets, by the source's name; the others share the rest."""
     replay: ShareOrZero = 0.0
     """Share of the subset drawn at random from the corpus' other sources, against forgetting."""
+    where: str | None = None
+    """SQL condition on the scores that a sample has to meet, such as "n_tokens < 200"."""
 
 
 class TrainingSettings(_Settings):
@@ -218,6 +220,8 @@ class RunSettings(_Settings):
     """auto, cpu, cuda, cuda:1, mps; cannot change a result."""
     threads: CountOrZero = 0
     """CPU threads of torch; 0 takes what torch finds."""
+    skip_bad_rows: CountOrZero = 0
+    """Rows of all data files that may be no samples; they are left out, with the reason kept."""
 
 
 def load_settings(file: Path) -> RunSettings:

@@ -33,6 +33,8 @@ class Runtime:
     threads: int = 0
     tokens_per_batch: int = 8192
     checkpoint_seconds: float = 60
+    skip_bad_rows: int = 0
+    """A sample is one or is not, however many rows may be left out; more than this is an error."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from p2d_core.errors import InputError
+from p2d_core.samples.rejected import REJECTED
 from p2d_core.store.gc import run_files
 from p2d_core.store.store import Store
 
@@ -25,6 +26,7 @@ VIEWS = {
     "scores": ("scores", "scores.parquet"),
     "heads": ("heads", "heads.parquet"),
     "samples": ("samples", "*.parquet"),
+    "rejected": ("samples", REJECTED),
     "subset": ("subset", "subset.parquet"),
     "evaluation": ("evaluation", "samples.parquet"),
     "measurements": ("measurements", "measured.parquet"),
@@ -157,7 +159,7 @@ def _tables(store: Store, stage: str, pattern: str) -> list[Path]:
     for ref in store.refs(stage):
         for name, entry in ref.manifest.files.items():
             file = ref.path / name
-            if not Path(name).match(pattern):
+            if not Path(name).match(pattern) or (name == REJECTED) != (pattern == REJECTED):
                 continue
             # a link could lead out of the store
             inside = file.resolve() == file and file.is_file()
