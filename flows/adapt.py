@@ -20,7 +20,8 @@ from flows.report import make_summary
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
-from p2d_core.errors import HeadMapError
+from p2d_core.errors import ArtifactError, HeadMapError
+from p2d_core.models import layers_of
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
@@ -81,7 +82,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         InputError: before anything was started.
         ArtifactError: there is no such head map.
     """
-    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
+    ranked = {base_of(ref) for ref in Store(store).refs("heads")}
     inputs = check_inputs(settings, ranked)
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
@@ -177,13 +178,22 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
             f"head map {ref.key[:12]} is damaged and was set aside. "
             "Leave --head-map out to rank anew."
         )
-    made_for = ref.manifest.inputs["base"]["sha256"]
+    made_for = base_of(ref)
     if made_for != inputs.base.sha256:
         raise HeadMapError(
-            f"head map {ref.key[:12]} was made for another base model ({made_for[:12]}) than "
+            f"head map {ref.key[:12]} was made for another base model ({made_for[:12]!r}) than "
             f"{inputs.base.folder} ({inputs.base.sha256[:12]}). Leave --head-map out to rank anew."
         )
+    head_map_in(ref).check_fits(layers_of(Path(inputs.base.folder)))
     return ref
+
+
+def base_of(heads: ArtifactRef) -> str:
+    """The hash of the base model that a head map was made for; empty if its manifest is broken."""
+    try:
+        return str(heads.manifest.inputs["base"]["sha256"])
+    except (ArtifactError, KeyError, TypeError):
+        return ""
 
 
 def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:

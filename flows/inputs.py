@@ -15,7 +15,7 @@ from p2d_core.errors import DataError
 from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
-    check_attention,
+    check_loads,
     check_model_folder,
     most_tokens,
     pick_device,
@@ -64,8 +64,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     meets the rest before anything dear is run.
 
     Args:
-        ranked_bases: hashes of base models in which heads were found before: looking again takes
-            seconds.
+        ranked_bases: hashes of base models that were loaded before: looking again takes seconds.
 
     Raises:
         InputError: says what is wrong, where, and what would do.
@@ -96,7 +95,8 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
 
     base = BaseModel.of(Path(settings.base), settings.precision, text)
     if base.sha256 not in ranked_bases:
-        check_attention(Path(settings.base))
+        with progress_of("checking the base model (tensors)") as progress:
+            check_loads(Path(settings.base), progress)
     return Inputs(
         base=base,
         target=source(settings.target),

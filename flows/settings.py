@@ -9,7 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from flows.plain_yaml import NotPlain, plain_yaml, shortened
 from p2d_core.errors import SettingsError
+
+MOST_BYTES = 2**20
+"""Of a settings file."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
@@ -231,29 +235,41 @@ def load_settings(file: Path) -> RunSettings:
         SettingsError: names the file, the key, what was given and what would do.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            text = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise SettingsError(
             f"{file}: there is no such file. `p2d config > {file.name}` writes one to start from."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{file}: cannot be read ({error}). Save it as UTF-8 text.") from error
+    if len(text) > MOST_BYTES:
+        raise SettingsError(
+            f"{file}: has more than {MOST_BYTES:,} bytes, so it is no settings file. "
+            "`p2d config` writes one to start from."
+        )
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_settings(plain_yaml(text.decode("utf-8-sig")), file)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: cannot be read ({error}). Save it as UTF-8 text.") from error
+    except (yaml.YAMLError, NotPlain) as error:
         raise SettingsError(f"{file}: is not YAML: {' '.join(str(error).split())}.") from error
-    return parse_settings(values, file)
 
 
 def parse_settings(values: Any, file: Path) -> RunSettings:
     """Settings from plain values; ``file`` is named in errors and anchors relative paths."""
     if not isinstance(values, dict):
-        raise SettingsError(f"{file}: needs keys such as `base:` and `target:`, found {values!r}.")
+        raise SettingsError(
+            f"{file}: needs keys such as `base:` and `target:`, found {shortened(values)}."
+        )
     try:
         settings = RunSettings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(_explain(error, file)) from error
-    settings = _anchored(settings, file.parent)
+    try:
+        settings = _anchored(settings, file.parent)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SettingsError(f"{file}: a path in it cannot be one: {error}. Mend it.") from error
     names = [source.name for source in settings.corpus.sources]
     if settings.corpus.include_target:
         names.append(settings.target.name)
@@ -304,7 +320,7 @@ def _explain(error: ValidationError, file: Path) -> str:
         else:
             given = problem["input"]
             lines.append(
-                f"{file}: `{key}` was {given!r}. {problem['msg']}. {_help(problem['loc'])}"
+                f"{file}: `{key}` was {shortened(given)}. {problem['msg']}. {_help(problem['loc'])}"
             )
     return "\n".join(line.rstrip() for line in lines)
 

@@ -314,7 +314,7 @@ def _within(
     if not size:
         raise InputError(
             f"selection.where: none of the {total:,} samples of the corpus meets {where}. "
-            'Loosen it; `p2d sql "SELECT * FROM scores"` shows what they have.'
+            "Loosen it; the scores that earlier runs kept can be looked at with `p2d sql`."
         )
     short = f", {budget:,} were wanted" if size < budget else ""
     notes.append(f"selection.where: {size:,} of {total:,} samples meet {where}{short}")

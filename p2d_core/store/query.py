@@ -132,9 +132,12 @@ class Reader:
                 name = str(node["function"].get("function_name")).lower()
                 if name not in TABLE_FUNCTIONS:
                     raise self._refused(f"the table function {name}")
-            elif node.get("type") == "SHOW_REF" and node["query"] is None:
-                if node["table_name"].strip('"').lower() not in known | SHOWN:
-                    raise self._refused(f"SHOW {node['table_name'] or node['schema_name']}")
+            elif (
+                node.get("type") == "SHOW_REF"
+                and node["query"] is None
+                and node["table_name"].strip('"').lower() not in known | SHOWN
+            ):
+                raise self._refused(f"SHOW {node['table_name'] or node['schema_name']}")
 
     def _refused(self, what: str) -> InputError:
         return InputError(
