@@ -14,6 +14,8 @@ from p2d_core.errors import SettingsError
 
 MOST_BYTES = 2**20
 """Of a settings file."""
+LONGEST_PATH = 1000
+"""Characters."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
@@ -37,7 +39,7 @@ class _Settings(BaseModel):
 class SourceSettings(_Settings):
     """Where samples come from: JSON, JSONL, CSV or Parquet files, or a hub dataset."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """File, folder or glob, relative to this settings file; or hf://datasets/OWNER/NAME."""
     name: str = ""
     """What the source is called in reports; the file's name when empty."""
@@ -202,7 +204,7 @@ class RunSettings(_Settings):
 
     name: str = "adapt"
     """What the run is called."""
-    base: str
+    base: Annotated[str, Field(min_length=1)]
     """Folder of a Hugging Face model with safetensors, relative to this settings file."""
     target: SourceSettings
     """The domain to adapt to: a few hundred samples or more."""
@@ -253,14 +255,18 @@ def load_settings(file: Path) -> RunSettings:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{file}: cannot be read ({error}). Save it as UTF-8 text.") from error
     except (yaml.YAMLError, NotPlain) as error:
-        raise SettingsError(f"{file}: is not YAML: {' '.join(str(error).split())}.") from error
+        raise SettingsError(
+            f"{file}: is not YAML of plain values: {' '.join(str(error).split())}. Mend it; "
+            "`p2d config` writes one to start from."
+        ) from error
 
 
 def parse_settings(values: Any, file: Path) -> RunSettings:
     """Settings from plain values; ``file`` is named in errors and anchors relative paths."""
     if not isinstance(values, dict):
         raise SettingsError(
-            f"{file}: needs keys such as `base:` and `target:`, found {shortened(values)}."
+            f"{file}: needs keys such as `base:` and `target:`, found {shortened(values)}. "
+            "`p2d config` writes a file to start from."
         )
     try:
         settings = RunSettings.model_validate(values)
@@ -268,7 +274,7 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
         raise SettingsError(_explain(error, file)) from error
     try:
         settings = _anchored(settings, file.parent)
-    except (ValueError, RuntimeError, OSError) as error:
+    except ValueError as error:
         raise SettingsError(f"{file}: a path in it cannot be one: {error}. Mend it.") from error
     names = [source.name for source in settings.corpus.sources]
     if settings.corpus.include_target:
@@ -283,7 +289,12 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
 
 def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
     def path(given: str) -> str:
-        return given if "://" in given else str((folder / Path(given).expanduser()).resolve())
+        if len(given) > LONGEST_PATH:
+            raise ValueError(f"{given[:60]!r}... has {len(given)} characters")
+        try:
+            return given if "://" in given else str((folder / Path(given).expanduser()).resolve())
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"{given!r}: {str(error).rstrip('.')}") from error
 
     def source(given: SourceSettings) -> SourceSettings:
         return given.model_copy(

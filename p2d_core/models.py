@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.attention.layout import AttentionLayer, attention_layers
-from p2d_core.errors import ModelError
+from p2d_core.errors import ModelError, UnsupportedModelError
 from p2d_core.progress import Progress, no_progress
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
@@ -50,8 +50,8 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(
-            f"{folder}: there is no such folder. `base` is the folder of a Hugging Face model, "
-            "with config.json, safetensors weights and a tokenizer."
+            f"{folder}: there is no such folder. Give as `base` the folder of a Hugging Face "
+            "model, with config.json, safetensors weights and a tokenizer."
         )
     config = folder / "config.json"
     if not config.is_file():
@@ -151,7 +151,7 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
             "tensors in all. Save the model again."
         )
     model = _without_weights(folder)
-    layers = attention_layers(model)
+    layers = _attention_of(model, folder)
     _check_weights(folder)
     _check_numbers(weights, n_tensors, progress)
     tokenizer = load_tokenizer(folder)
@@ -168,7 +168,14 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
 
 def layers_of(folder: Path) -> tuple[AttentionLayer, ...]:
     """Where the model's heads are, from its config alone; raises as `check_loads`."""
-    return attention_layers(_without_weights(folder))
+    return _attention_of(_without_weights(folder), folder)
+
+
+def _attention_of(model: Any, folder: Path) -> tuple[AttentionLayer, ...]:
+    try:
+        return attention_layers(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder}: {error} Use another base model.") from error
 
 
 def _without_weights(folder: Path) -> Any:

@@ -452,8 +452,13 @@ def _wrong_for(kind: Any) -> dict[str, Any]:
     wrong: dict[str, Any] = {"a list": [1, 2], "a mapping": {"a": 1}}
     if bool in kinds:
         return wrong | {"a text": "perhaps", "a number": 7}
-    if int in kinds or float in kinds:
-        return wrong | {"a text": "many", "below 0": -1, "NaN": float("nan"), "a boolean list": [True]}
+    if any(k in (int, float) for k in kinds | {get_args(k)[0] for k in kinds if get_args(k)}):
+        return wrong | {
+            "a text": "many",
+            "below 0": -1,
+            "NaN": float("nan"),
+            "a boolean list": [True],
+        }
     if any(isinstance(k, str) for k in kinds):  # a choice
         return wrong | {"another": "other", "a number": 5, "empty": ""}
     return wrong | {"a number": 5, "a boolean": True}
@@ -524,9 +529,7 @@ def settings() -> Iterator[Bad]:
 
 def _bomb(levels: int, width: int) -> str:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)
-    ]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)]
     return "\n".join([*lines, "base: *a1", ""])
 
 
@@ -624,9 +627,7 @@ def paths() -> Iterator[Bad]:
     for name, (path, named) in BAD_PATHS.items():
         for door in ("base", *DOORS):
 
-            def breaks(
-                job: Job, rng: random.Random, path: str = path, door: str = door
-            ) -> None:
+            def breaks(job: Job, rng: random.Random, path: str = path, door: str = door) -> None:
                 (job.folder / "loop").symlink_to("loop")
                 if door == "base":
                     job.values["base"] = path
@@ -641,7 +642,7 @@ def paths() -> Iterator[Bad]:
 # ---- selection.where
 
 BAD_CONDITIONS = [
-    "", " ", "-- nothing", "n_tokens <", "n_tokens < 5;", "n_tokens < 5; DROP TABLE scores",
+    "", " ", "-- nothing", "n_tokens <", "n_tokens < 5; DROP TABLE scores",
     "nope > 1", "prompt LIKE 'a%'", "sample_id = 'x'", "rowid < 5", "scores.affinity > 1",
     "n_tokens", "1", "'a'", "NULL", "affinity > 'many'", "source > 5", "source",
     "true) OR (true) GROUP BY (source", "true GROUP BY source", "true ORDER BY 1", "true LIMIT 1",
@@ -811,8 +812,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path, random.Random], None], str]] = {
     "NaN in an embedding": (_weights(_put(float("nan")), "embed_tokens"), "embed_tokens"),
     "an infinite norm": (_weights(_put(float("inf")), "norm"), "norm"),
     "a key that is infinite": (_weights(_put(float("-inf")), "k_proj"), "k_proj"),
-    "no query": (_weights(lambda weights, name: weights.pop(name) and None, "q_proj"), "q_proj"),
-    "no mlp": (_weights(lambda weights, name: weights.pop(name) and None, "mlp"), "mlp"),
+    "no query": (_weights(lambda weights, name: weights.pop(name), "q_proj"), "q_proj"),
+    "no mlp": (_weights(lambda weights, name: weights.pop(name), "mlp"), "mlp"),
     "no weights of layer 3": (
         _weights(
             lambda weights, _: [weights.pop(n) for n in list(weights) if ".3." in n] and None, "q"
