@@ -79,7 +79,7 @@ def run() -> None:
 
 
 def _printable(text: str) -> str:
-    """Without the control characters that a file's name or content may hold, and a terminal obeys."""
+    """Without the control characters of a file's name or content, which a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

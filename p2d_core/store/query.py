@@ -93,9 +93,8 @@ class Reader:
                 f"one SELECT statement is wanted, found {len(statements)}. "
                 "`p2d sql` runs one at a time."
             )
-        kind = statements[0].type
-        if kind != duckdb.StatementType.SELECT:
-            name = str(kind).rpartition(".")[2].replace("_", " ")
+        name = _kind(statements[0])
+        if name != "SELECT":
             raise InputError(
                 f"only a SELECT statement is allowed, this is {name}: `p2d sql` reads the store "
                 "and changes nothing. Use --csv or --json to keep the result."
@@ -212,6 +211,14 @@ def open_reader(
             yield reader
         finally:
             shutil.rmtree(spill, ignore_errors=True)
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    try:
+        return str(statement.type).rpartition(".")[2].replace("_", " ")
+    except ValueError:
+        # DuckDB's parser knows more kinds than its Python module has names for
+        return "of another kind"
 
 
 def _tables(store: Store, stage: str, pattern: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Hostile input: exit code 2, a message that names place and cure, nothing started, nothing left."""
+"""Hostile input: exit code 2, a message that names place and cure, nothing started or left."""
 
 import io
 import json
@@ -322,16 +322,16 @@ def test_a_model_folder_of_links_and_with_more_in_it_is_taken(tmp_path):
     [
         "\ufeffbase: {base}\ntarget: {{path: target.jsonl}}\n",
         "base: {base}\r\ntarget: {{path: target.jsonl}}\r\n",
-        "x: &x target.jsonl",
-        "base: {base}\ntarget: &t {{path: target.jsonl}}\nevaluation: {{source: {{<<: *t, path: test.jsonl}}}}\n",
+        "base: {base}\ntarget: {{path: &f target.jsonl}}\n"
+        "corpus: {{sources: [{{path: *f, name: n}}]}}\n",
+        "base: {base}\ntarget: &t {{path: target.jsonl}}\n"
+        "evaluation: {{source: {{<<: *t, path: test.jsonl}}}}\n",
         '{{"base": "{base}", "target": {{"path": "target.jsonl"}}}}',
     ],
     ids=["BOM", "line ends of Windows", "anchors", "merge", "JSON"],
 )
 def test_odd_yaml_is_read_rightly(text: str, tmp_path):
     job = Job(tmp_path)
-    if text.startswith("x:"):
-        text = "base: {base}\ntarget: {{path: &f target.jsonl}}\ncorpus: {{sources: [{{path: *f, name: n}}]}}\n"
     job.text = text.format(base=job.base).encode()
     assert load_settings(job.save()).target.path == str(tmp_path / "target.jsonl")
 
@@ -361,8 +361,7 @@ def test_conditions_that_are_taken(condition: str, canonical: str | None, tmp_pa
 def test_a_condition_is_refused_or_answers_yes_or_no(condition: str):
     try:
         where = checked_condition(condition)
-    except SettingsError as error:
-        assert "`selection.where` was" in str(error)
+    except SettingsError:
         return
     with duckdb.connect() as connection:
         connection.execute(
@@ -435,7 +434,7 @@ def test_a_source_of_bad_rows_alone_is_refused_however_many_may_be_left_out(tmp_
     job = Job(tmp_path)
     job.values["skip_bad_rows"] = 1000
     job.write("test.jsonl", '{"prompt": "a"}\n' * 5)
-    with pytest.raises(DataError, match="none of the 5 rows read of .*test.jsonl is a sample"):
+    with pytest.raises(DataError, match=r"none of the 5 rows read of .*test.jsonl is a sample"):
         check_inputs(load_settings(job.save()))
 
 
