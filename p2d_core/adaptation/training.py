@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
@@ -28,6 +32,8 @@ from p2d_core.store.recipe import hash_file
 
 log = logging.getLogger(__name__)
 
+NOT_LOADED = (pickle.UnpicklingError, SafetensorError, KeyError, AttributeError, IndexError)
+"""What a broken or hostile checkpoint raises, beside the errors of reading files."""
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
 SEAL = "seal.json"
 """Written last into a checkpoint, with the hashes of its files and the seconds up to it: one
@@ -197,19 +203,32 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     return {str(file.relative_to(checkpoint)): hash_file(file) for file in files}
 
 
+def _try_to_load(checkpoint: Path) -> None:
+    load_file(checkpoint / CHECKPOINT_WEIGHTS)
+    json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+        with safe_globals():  # type: ignore[no-untyped-call]
+            torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _last_checkpoint(scratch: Path) -> tuple[str | None, float]:
-    """The newest whole checkpoint and the seconds up to it; those that are not are removed."""
+    """The newest whole checkpoint and the seconds up to it; those that are not are removed.
+
+    What torch kept in it is tried as it will be loaded, with weights only: a file that names code
+    is as good as broken.
+    """
     found = sorted(scratch.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
     for folder in found:
         try:
             seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
             if seal["files"] == _hashes(folder):
+                _try_to_load(folder)
                 return str(folder), float(seal["seconds"])
             why = "a file has other content than when it was saved"
         except FileNotFoundError:
             why = "it was cut short"
-        except (ValueError, KeyError, TypeError) as error:
-            why = f"{SEAL} is damaged: {error!r}"
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError, *NOT_LOADED) as error:
+            why = f"it cannot be loaded: {str(error)[:200]!r}"
         log.warning("%s of %s is not gone on from (%s)", folder.name, scratch.name, why)
         shutil.rmtree(folder)
     return None, 0.0
