@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,7 +21,7 @@ from flows.report import make_summary
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
-from p2d_core.errors import HeadMapError
+from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
@@ -73,8 +74,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         InputError: before anything was started.
         ArtifactError: there is no such head map.
     """
-    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
-    inputs = check_inputs(settings, ranked)
+    inputs = check_inputs(settings, ranked_bases(Store(store)))
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
@@ -86,6 +86,16 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         return named(settings, store=str(store.resolve()), head_map=head_map)
     finally:
         _checked.reset(checked)
+
+
+def ranked_bases(store: Store) -> set[str]:
+    """Hashes of the base models that the store has head maps of."""
+    found = set()
+    for ref in store.refs("heads"):
+        # a damaged manifest is the stage's to find, if this run needs that head map
+        with suppress(ArtifactError):
+            found.add(ref.manifest.inputs["base"]["sha256"])
+    return found
 
 
 @flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
@@ -153,6 +163,12 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
         raise HeadMapError(
             f"head map {ref.key[:12]} is damaged and was set aside. "
             "Leave --head-map out to rank anew."
+        )
+    proxy = ref.manifest.inputs.get("proxy")
+    if proxy and store.path("proxy", proxy).exists() and store.find("proxy", proxy) is None:
+        raise HeadMapError(
+            f"the proxy run {proxy[:12]} of head map {ref.key[:12]} is damaged and was set aside. "
+            "Leave --head-map out to make it again."
         )
     made_for = ref.manifest.inputs["base"]["sha256"]
     if made_for != inputs.base.sha256:

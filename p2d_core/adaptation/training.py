@@ -23,12 +23,14 @@ from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
 from p2d_core.progress import Progress
 from p2d_core.samples.tokens import EncodedSample, collate
+from p2d_core.store.recipe import hash_file
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
-SPENT = "seconds.json"
-"""Written last into a checkpoint: one without it was cut short, and is not gone on from."""
+SEAL = "seal.json"
+"""Written last into a checkpoint, with the hashes of its files and the seconds up to it: one
+without it was cut short, one that it does not fit was damaged, and neither is gone on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,7 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         spent = self.seconds_before + time.monotonic() - self.started_at
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / SPENT).write_text(json.dumps(spent), encoding="utf-8")
+        _seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", spent)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -179,14 +180,31 @@ def train(
     return TrainingResult(curve, steps, tokens, seconds_before)
 
 
+def _seal(checkpoint: Path, seconds: float) -> None:
+    text = json.dumps({"seconds": seconds, "files": _hashes(checkpoint)})
+    (checkpoint / SEAL).write_text(text, encoding="utf-8")
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SEAL)
+    return {str(file.relative_to(checkpoint)): hash_file(file) for file in files}
+
+
 def _last_checkpoint(scratch: Path) -> tuple[str | None, float]:
-    """The newest whole checkpoint and the seconds up to it; those cut short are removed."""
+    """The newest whole checkpoint and the seconds up to it; those that are not are removed."""
     found = sorted(scratch.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
     for folder in found:
         try:
-            return str(folder), float(json.loads((folder / SPENT).read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(folder)
+            seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+            if seal["files"] == _hashes(folder):
+                return str(folder), float(seal["seconds"])
+            why = "a file has other content than when it was saved"
+        except FileNotFoundError:
+            why = "it was cut short"
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{SEAL} is damaged: {error!r}"
+        log.warning("%s of %s is not gone on from (%s)", folder.name, scratch.name, why)
+        shutil.rmtree(folder)
     return None, 0.0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from p2d_core.errors import ArtifactError
 from p2d_core.store.manifest import MANIFEST
-from p2d_core.store.store import ArtifactRef, Store, lineage_among
+from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable
 
 UNENDED = 24 * 3600.0
 """Seconds for which the artifacts of a run without a summary count as needed."""
@@ -56,7 +56,7 @@ def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
     if not runs:
         return removals
     refs = {ref.key: ref for ref in store.refs()}
-    damaged = [ref for ref in refs.values() if not _readable(ref)]
+    damaged = [ref for ref in refs.values() if not readable(ref)]
     for ref in damaged:
         del refs[ref.key]
         removals.append(Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)))
@@ -114,13 +114,6 @@ def _keys_named(file: Path) -> list[str]:
             f"{file} is not the summary of a run ({error!r}), so what it needs is not known and "
             "nothing was removed. Delete that file if you do not need the run, and try again."
         ) from error
-
-
-def _readable(ref: ArtifactRef) -> bool:
-    try:
-        return ref.manifest.key == ref.key
-    except ArtifactError:
-        return False
 
 
 def _stale_scratch(store: Store) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """The manifest: what an artifact is, what it was made from, and what its files must be."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from p2d_core.errors import ArtifactError
 from p2d_core.store.recipe import Recipe, hash_file
 
 MANIFEST = "manifest.json"
+UNKNOWN = "0" * 64
+"""Stands for the manifest's own hash while that is computed."""
 LIBRARIES = ("p2d", "torch", "transformers", "peft", "pyarrow", "duckdb", "scikit-learn")
 
 
@@ -36,7 +39,9 @@ class Manifest:
     made_at: str
     run_id: str
     """The run that computed it; every later run reuses it."""
-    format: int = 1
+    own_sha256: str
+    """Of the manifest's text with zeros in this place: a changed count is damage as well."""
+    format: int = 2
 
     @property
     def total_bytes(self) -> int:
@@ -46,7 +51,7 @@ class Manifest:
 
 def write_manifest(
     folder: Path, recipe: Recipe, *, facts: Mapping[str, Any], cost: Cost, run_id: str
-) -> Manifest:
+) -> None:
     """Describes every file that lies in the folder now."""
     manifest = Manifest(
         key=recipe.key,
@@ -65,21 +70,32 @@ def write_manifest(
         libraries=_library_versions(),
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         run_id=run_id,
+        own_sha256=UNKNOWN,
     )
-    text = json.dumps(asdict(manifest), indent=2, sort_keys=True, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return manifest
+    (folder / MANIFEST).write_text(sealed(asdict(manifest)), encoding="utf-8")
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+    """A manifest's values as the text that is kept, with its own hash in it."""
+    unsealed = {**values, "own_sha256": UNKNOWN}
+    text = json.dumps(unsealed, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return text.replace(UNKNOWN, hashlib.sha256(text.encode()).hexdigest())
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Reads without checking the files.
 
     Raises:
-        ArtifactError: there is none, or it is not one of ours.
+        ArtifactError: there is none, it is not one of ours, or not as it was written.
     """
     file = folder / MANIFEST
     try:
-        return Manifest(**json.loads(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        manifest = Manifest(**json.loads(text))
+        unsealed = text.replace(str(manifest.own_sha256), UNKNOWN)
+        if hashlib.sha256(unsealed.encode()).hexdigest() != manifest.own_sha256:
+            raise ArtifactError(f"{file} has other content than when it was written.")
+        return manifest
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}.") from None
     except (ValueError, TypeError) as error:

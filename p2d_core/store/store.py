@@ -77,6 +77,10 @@ class Store:
 
         One that is not is set aside under a name that says so, with a warning in the log.
         """
+        with self._locked(stage, key):
+            return self._find(stage, key)
+
+    def _find(self, stage: str, key: str) -> ArtifactRef | None:
         folder = self.path(stage, key)
         if not (folder / MANIFEST).exists():
             return None
@@ -104,13 +108,17 @@ class Store:
         nothing of the artifact stays but its scratch folder.
         """
         key = recipe.key
+        folder = self.path(recipe.stage, key)
+        scratch = self.root / ".scratch" / f"{recipe.stage}-{key}"
         with self._locked(recipe.stage, key):
-            found = self.find(recipe.stage, key)
+            # who staged these held the lock, and was killed
+            for left in folder.parent.glob(f"{key}{STAGING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            found = self._find(recipe.stage, key)
             if found is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
                 return found
-            folder = self.path(recipe.stage, key)
             with _staged(folder) as staging:
-                scratch = self.root / ".scratch" / f"{recipe.stage}-{key}"
                 scratch.mkdir(parents=True, exist_ok=True)
                 making = Making(staging, scratch)
                 with measured() as watch:
@@ -160,8 +168,8 @@ class Store:
         raise ArtifactError(f"{len(matches)} artifacts begin with {prefix!r}: {listed}. Give more.")
 
     def lineage(self, ref: ArtifactRef) -> list[ArtifactRef]:
-        """The artifact and all that it was made from, itself first."""
-        return lineage_among({other.key: other for other in self.refs()}, ref)
+        """The artifact and all that it was made from, as far as manifests can be read."""
+        return lineage_among({other.key: other for other in self.refs() if readable(other)}, ref)
 
     def faults(self, ref: ArtifactRef) -> list[str]:
         """What is wrong with an artifact, a line each; empty when nothing is."""
@@ -192,8 +200,20 @@ class Store:
         locks = self.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with (locks / f"{stage}-{key}").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s %s is being made by another process: waiting", stage, key[:12])
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def readable(ref: ArtifactRef) -> bool:
+    """Whether its manifest can be read; the files are not looked at."""
+    try:
+        return ref.manifest.key == ref.key
+    except ArtifactError:
+        return False
 
 
 def lineage_among(by_key: Mapping[str, ArtifactRef], ref: ArtifactRef) -> list[ArtifactRef]:

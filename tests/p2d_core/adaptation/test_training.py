@@ -14,7 +14,7 @@ import torch
 from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.adaptation.training import _last_checkpoint, train
+from p2d_core.adaptation.training import _last_checkpoint, _seal, train
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import TrainingError
 from p2d_core.heads.head_map import HeadMap
@@ -184,15 +184,28 @@ def test_a_checkpoint_cut_short_is_not_gone_on_from(tmp_path):
     undisturbed = long_run(tmp_path / "undisturbed")
     long_run(tmp_path / "cut", lambda done, total: time.sleep(0.01))
     for file in (tmp_path / "cut").glob("checkpoint-*/*"):
-        if file.name in ("trainer_state.json", "seconds.json"):
+        if file.name in ("trainer_state.json", "seal.json"):
             file.unlink()
     assert torch.equal(long_run(tmp_path / "cut"), undisturbed)
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "seal.json"])
+def test_a_checkpoint_with_a_flipped_bit_is_not_gone_on_from(name, tmp_path, caplog):
+    long_run(tmp_path, lambda done, total: time.sleep(0.01))
+    newest = Path(_last_checkpoint(tmp_path)[0])
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content)
+    older, _ = _last_checkpoint(tmp_path)
+    assert int(older.rpartition("-")[2]) < int(newest.name.rpartition("-")[2])
+    assert not newest.exists()
+    assert f"{newest.name} of {tmp_path.name} is not gone on from" in caplog.text
 
 
 def test_what_a_stopped_run_spent_still_counts(tmp_path):
     attached = attach("heads", tiny_llama())
     (tmp_path / "checkpoint-9").mkdir()
-    (tmp_path / "checkpoint-9/seconds.json").write_text("12.5")
+    _seal(tmp_path / "checkpoint-9", 12.5)
     found, seconds = _last_checkpoint(tmp_path)
     assert (Path(found).name, seconds) == ("checkpoint-9", 12.5)
     fresh = train(attached.model, encoded(), SPEC, pad_id=0, scratch=tmp_path / "none")

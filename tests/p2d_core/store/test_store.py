@@ -13,7 +13,7 @@ import pytest
 
 from p2d_core.errors import ArtifactError
 from p2d_core.store import Making, Recipe, Store
-from p2d_core.store.manifest import MANIFEST, read_manifest
+from p2d_core.store.manifest import MANIFEST, read_manifest, sealed
 from p2d_core.store.recipe import canonical_json, hash_files
 from tests.small_store import fill, put
 
@@ -149,7 +149,7 @@ def test_a_manifest_with_changed_settings_is_not_believed(store: Store):
     ref = store.produce(RECIPE, hello, run_id="run-1")
     values = json.loads((ref.path / MANIFEST).read_text())
     values["settings"]["ranker"] = "random"
-    (ref.path / MANIFEST).write_text(json.dumps(values))
+    (ref.path / MANIFEST).write_text(sealed(values))
     assert store.faults(ref) == [f"{MANIFEST} tells of another artifact than {RECIPE.key[:12]}"]
 
 
@@ -158,7 +158,7 @@ def test_a_file_named_in_the_manifest_may_not_lie_outside_the_artifact(store: St
     (ref.path.parent / "outside.txt").write_text("hello")
     values = json.loads((ref.path / MANIFEST).read_text())
     values["files"]["../outside.txt"] = values["files"]["hello.txt"]
-    (ref.path / MANIFEST).write_text(json.dumps(values))
+    (ref.path / MANIFEST).write_text(sealed(values))
     assert store.faults(ref) == ["../outside.txt lies outside the artifact"]
 
 
