@@ -12,10 +12,12 @@ from importlib import import_module
 from pathlib import Path
 
 from prefect import flow, unmapped
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.environment import wait_for_server
 from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.killed import clear_killed, end_orphans, noted
 from flows.ledger import Ledger
 from flows.report import make_summary
 from flows.settings import RunSettings
@@ -80,6 +82,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
+    end_orphans(store)
     wait_for_server()
     checked = _checked.set(inputs)
     try:
@@ -105,24 +108,26 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     inputs = _checked.get() or check_inputs(settings)
     run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
+    clear_killed(Path(store))
 
-    data = read_data(run)
-    given = given_head_map(Store(Path(store)), head_map, inputs)
-    heads = reuse_heads(run, given) if given is not None else find_heads(run, data)
-    scores = score_corpus(run, data, heads, inputs.scorer)
-    subset = choose(run, data, scores)
-    models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
-    models |= other_arms(run, data, heads, scores)
-    if head_proxy := run.ledger.last("head_proxy"):
-        models["proxy"] = head_proxy
-    reference = cost_of_full(run, data, models.get("full"))
-    evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
+    with noted(Path(store), run_id, str(flow_run.id)):
+        data = read_data(run)
+        given = given_head_map(Store(Path(store)), head_map, inputs)
+        heads = reuse_heads(run, given) if given is not None else find_heads(run, data)
+        scores = score_corpus(run, data, heads, inputs.scorer)
+        subset = choose(run, data, scores)
+        models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
+        models |= other_arms(run, data, heads, scores)
+        if head_proxy := run.ledger.last("head_proxy"):
+            models["proxy"] = head_proxy
+        reference = cost_of_full(run, data, models.get("full"))
+        evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
 
-    summary = make_summary(
-        settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
-    )
-    summary.seconds = time.perf_counter() - start
-    return record(summary, settings.model_dump(mode="json"), store=store)
+        summary = make_summary(
+            settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
+        )
+        summary.seconds = time.perf_counter() - start
+        return record(summary, settings.model_dump(mode="json"), store=store)
 
 
 def read_data(run: Run) -> Data:

@@ -7,6 +7,9 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+STARTED_BY = "P2D_STARTED_BY"
+"""Id of the process that Prefect's temporary server is for; the server inherits it."""
+
 
 def prepare_environment(store: Path, *, verbose: bool = False) -> None:
     """Puts Prefect's home and results into the store and turns telemetry off.
@@ -35,6 +38,7 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
+    os.environ[STARTED_BY] = str(os.getpid())
 
 
 _starting: list[threading.Thread] = []

@@ -103,6 +103,7 @@ def _selection(settings: RunSettings, corpus: ArtifactRef, subset: ArtifactRef) 
         selected=facts["rows"],
         by_source=facts["by_source"],
         corpus_by_source=facts["corpus_by_source"],
+        cut_off=facts["cut_off"],
         by_label=_by_label(subset),
         notes=notes,
     )

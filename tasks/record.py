@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import logging
@@ -56,9 +57,18 @@ def prepare_tracking(store: Path) -> None:
     """
     folder = store.resolve() / "mlflow"
     database = folder / "mlflow.db"
-    if database.exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # whoever drew these up held the lock, and was killed
+        for file in folder.glob(".mlflow-*"):
+            file.unlink()
+        if not database.exists():
+            _make_database(database)
+
+
+def _make_database(database: Path) -> None:
+    folder = database.parent
     draft = folder / f".mlflow-{uuid.uuid4().hex[:8]}.db"
     log.info("making %s: once for this store", database)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -78,9 +88,7 @@ def prepare_tracking(store: Path) -> None:
             made.engine.dispose()
             with draft.open("rb") as stream:
                 os.fsync(stream.fileno())
-            # unlike a rename, a link never replaces what another process made in the meantime
-            with suppress(FileExistsError):
-                database.hardlink_to(draft)
+            draft.rename(database)
         finally:
             event.remove(Engine, "connect", without_sync)
             for file in folder.glob(f"{draft.name}*"):
@@ -128,7 +136,10 @@ def record_run(
             client = MlflowClient(tracking_uri=uri)
             location = store.resolve() / "mlflow" / "artifacts" if local else None
             experiment_id = _experiment(client, experiment, location)
-            run_id = _write(client, experiment_id, summary, settings, refs, dict(tags or {}))
+            scratch = store.resolve() / ".scratch"
+            run_id = _write(
+                client, experiment_id, summary, settings, refs, dict(tags or {}), scratch
+            )
         except (MlflowException, SQLAlchemyError, OSError) as error:
             may_pass = isinstance(error, OSError | OperationalError)
             raise (TransientError if may_pass else P2DError)(
@@ -170,6 +181,7 @@ def _write(
     settings: Mapping[str, Any],
     refs: Mapping[str, ArtifactRef],
     tags: dict[str, str],
+    scratch: Path,
 ) -> str:
     from mlflow.entities import Param, RunTag
 
@@ -183,7 +195,9 @@ def _write(
         curves = {name: curve for name, ref in refs.items() if (curve := _loss_curve(ref))}
         for batch in _batches(_metrics(summary, curves), 1000):
             client.log_batch(run_id, metrics=batch)
-        with tempfile.TemporaryDirectory() as folder:
+        # in the store, where the next run finds it when this one is killed
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"record-{summary.run_id}-", dir=scratch) as folder:
             draw_pictures(Path(folder), summary, refs, curves)
             (Path(folder) / "summary.json").write_text(summary.to_json(), encoding="utf-8")
             client.log_artifacts(run_id, folder)
@@ -280,6 +294,7 @@ def _metrics(summary: Summary, curves: Mapping[str, list[dict[str, float]]]) -> 
         "heads/total": summary.heads.total,
         "selection/selected": selection.selected,
         "selection/corpus": selection.corpus,
+        "selection/cut_off": selection.cut_off,
         "seconds": summary.seconds,
     }
     numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
@@ -354,7 +369,8 @@ def as_markdown(summary: Summary) -> str:
     lines = [
         f"**{summary.name}**: {summary.base} adapted to {summary.target}, "
         f"{summary.heads.selected} of {summary.heads.total} heads, "
-        f"{selection.selected:,} of {selection.corpus:,} samples.",
+        f"{selection.selected:,} of {selection.corpus:,} samples"
+        f"{selection.boundary_text}.",
         "",
         f"| arm | {quality.metric} ({better} is better) | retention |",
         "|---|---|---|",

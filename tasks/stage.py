@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from prefect import Task, task
 from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
 from prefect.serializers import JSONSerializer
 
 from p2d_core.errors import TransientError
@@ -21,6 +23,8 @@ from p2d_core.samples.tokens import TextFormat
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.manifest import faults
 from tasks.progress import progress_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,19 +147,36 @@ def is_transient(task: Any, run: Any, state: Any) -> bool:
 
 
 class StoredResult(JSONSerializer):
-    """JSON, never pickle; a result whose artifact is gone counts as no result."""
+    """JSON, never pickle; a result counts only as the sound artifact that was asked for."""
 
     type: str = "p2d-stored"
 
     def loads(self, blob: bytes) -> Any:
         """Raises FileNotFoundError, which Prefect takes for a miss, when the artifact is gone.
 
-        A damaged one counts as gone: the stage's own look then sets it aside and says so.
+        A damaged one counts as gone: the stage's own look then sets it aside and says so. So does
+        another one than the running task is to make: its record was damaged, or is of another.
         """
         ref = super().loads(blob)
-        if isinstance(ref, ArtifactRef) and faults(ref.path, ref.key):
-            raise FileNotFoundError(ref.location)
+        if isinstance(ref, ArtifactRef):
+            asked_for = _asked_for()
+            if asked_for not in (None, ref):
+                log.warning("Prefect's record of %s is damaged: looked up anew", ref.stage)
+                raise FileNotFoundError(ref.location)
+            if faults(ref.path, ref.key):
+                raise FileNotFoundError(ref.location)
         return ref
+
+
+def _asked_for() -> ArtifactRef | None:
+    """What the stage that runs here is to make; None outside of one."""
+    run = TaskRunContext.get()
+    policy = run.task.cache_policy if run is not None else None
+    if run is None or not isinstance(policy, ArtifactKey) or policy.recipe_of is None:
+        return None
+    recipe = policy.recipe_of(run.parameters)
+    folder = Store(Path(run.parameters["runtime"].store)).path(recipe.stage, recipe.key)
+    return ArtifactRef(stage=recipe.stage, key=recipe.key, location=str(folder))
 
 
 @dataclass

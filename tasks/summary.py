@@ -40,10 +40,17 @@ class SelectionSummary(BaseModel):
     selected: int
     by_source: dict[str, int]
     corpus_by_source: dict[str, int]
+    cut_off: float | None = None
+    """Lowest affinity among the chosen, replay apart: the boundary."""
     by_label: dict[str, int] = {}
     """Only where the corpus' samples carry a `label` column, which no stage reads."""
     notes: list[str] = []
     """What a person should know: gates relaxed, duplicates dropped, replay short."""
+
+    @property
+    def boundary_text(self) -> str:
+        """Such as ", down to affinity 0.25"; empty where it is not known."""
+        return "" if self.cut_off is None else f", down to affinity {self.cut_off:.6g}"
 
 
 class TrainableSummary(BaseModel):

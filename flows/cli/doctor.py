@@ -83,6 +83,7 @@ def examine(store: Path) -> Iterator[Finding]:
     yield from _device()
     yield from _memory()
     yield from _store(store)
+    yield _killed(store)
     yield from _ports()
 
 
@@ -191,6 +192,16 @@ def _store(store: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(there).free
     cure = "Make room, or: p2d artifacts gc --keep-runs 3" if free < LITTLE_DISK else ""
     yield Finding("disk", f"{size_text(free)} free at {there}", cure)
+
+
+def _killed(store: Path) -> Finding:
+    from flows.killed import killed_runs, orphaned_servers
+
+    runs, servers = len(killed_runs(store)), len(orphaned_servers(store))
+    if not runs and not servers:
+        return Finding("killed runs", "nothing left of any")
+    found = f"{runs} that Prefect shows as running, {servers} of its temporary servers still there"
+    return Finding("killed runs", found, "The next run over this store puts both right.")
 
 
 def _ports() -> Iterator[Finding]:

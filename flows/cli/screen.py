@@ -130,7 +130,8 @@ def _selection(selection: SelectionSummary, console: Console) -> None:
     _say(
         console,
         f"{selection.selected:,} of {selection.corpus:,} "
-        f"({_percent(selection.selected, selection.corpus)}) by {selection.scorer}.",
+        f"({_percent(selection.selected, selection.corpus)}) by {selection.scorer}"
+        f"{selection.boundary_text}.",
     )
     if selection.corpus_by_source:
         table = _table("source", ">chosen", ">in corpus", ">of source", ">of chosen")

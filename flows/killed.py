@@ -1,0 +1,143 @@
+"""What a killed run leaves behind at Prefect and in the store, and how the next one clears it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import psutil
+
+from flows.environment import STARTED_BY
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+log = logging.getLogger("p2d_core.killed")
+
+SERVER = "prefect.server.api.server:create_app"
+SECONDS_TO_END = 5.0
+
+
+@contextmanager
+def noted(store: Path, run_id: str, flow_run_id: str) -> Iterator[None]:
+    """Notes that this process is at a run, under a lock that dies with it.
+
+    A run that ends by itself takes its note away; of one that was killed or stopped it stays, and
+    `clear_killed` of the next run finds it without its lock.
+    """
+    # all that it says stands in its name, so that none is ever half written
+    note = _notes(store) / f"{run_id}_{flow_run_id}"
+    with _alone(store):
+        stream = note.open("w", encoding="utf-8")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    with stream:
+        try:
+            yield
+        except Exception:
+            note.unlink(missing_ok=True)
+            raise
+        note.unlink(missing_ok=True)
+
+
+def clear_killed(store: Path) -> None:
+    """Tells Prefect of every run that was killed, and removes what it had not yet put in place."""
+    from prefect import get_client
+
+    with _alone(store):
+        notes = killed_runs(store)
+        if not notes:
+            return
+        with get_client(sync_client=True) as client:
+            for note in notes:
+                run_id, _, flow_run_id = note.name.partition("_")
+                _mark_as_crashed(client, flow_run_id)
+                (store / "runs" / f"{run_id}.tmp").unlink(missing_ok=True)
+                for folder in (store / ".scratch").glob(f"record-{run_id}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                note.unlink(missing_ok=True)
+                log.warning(
+                    "run %s was killed: Prefect shows it as crashed, what it finished is reused",
+                    run_id,
+                )
+
+
+def killed_runs(store: Path) -> list[Path]:
+    """Notes of runs whose process is gone."""
+    return [note for note in sorted(_notes(store, make=False).glob("*_*")) if _is_free(note)]
+
+
+def end_orphans(store: Path) -> None:
+    """Ends Prefect's temporary servers over this store whose run was killed."""
+    for server in orphaned_servers(store):
+        with suppress(psutil.Error):
+            server.terminate()
+            try:
+                server.wait(SECONDS_TO_END)
+            except psutil.TimeoutExpired:
+                server.kill()
+            log.warning("ended Prefect's temporary server that a killed run left (%d)", server.pid)
+
+
+def orphaned_servers(store: Path) -> list[psutil.Process]:
+    """Prefect's temporary servers over this store that outlived the process that started them."""
+    home = str(store.resolve() / "prefect")
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if SERVER not in (process.info["cmdline"] or ()):
+            continue
+        with suppress(psutil.Error):  # gone in the meantime, or another user's
+            environment = process.environ()
+            starter = environment.get(STARTED_BY)
+            of_this_store = environment.get("PREFECT_HOME") == home
+            # it is a child of its starter, until that is gone
+            if of_this_store and starter is not None and process.ppid() != int(starter):
+                found.append(process)
+    return found
+
+
+def _mark_as_crashed(client: SyncPrefectClient, flow_run_id: str) -> None:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Crashed
+
+    crashed = Crashed(message="Its process was killed. The same command goes on from there.")
+    try:
+        flow_run = client.read_flow_run(UUID(flow_run_id))
+    except ObjectNotFound:
+        return  # it ran at another server
+    if flow_run.state is not None and flow_run.state.is_final():
+        return
+    client.set_flow_run_state(flow_run.id, crashed, force=True)
+    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+    for task_run in client.read_task_runs(flow_run_filter=of_it):
+        if task_run.state is None or not task_run.state.is_final():
+            client.set_task_run_state(task_run.id, crashed, force=True)
+
+
+def _notes(store: Path, *, make: bool = True) -> Path:
+    folder = store / "prefect" / "running"
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    with (_notes(store) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_free(note: Path) -> bool:
+    try:
+        with note.open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return True
