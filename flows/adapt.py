@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 from prefect import flow, unmapped
-from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.environment import wait_for_server
@@ -42,8 +41,8 @@ NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
 
 
-_checked: ContextVar[Inputs | None] = ContextVar("checked", default=None)
-"""What `run_adapt` has checked, so that the flow does not read all data once more."""
+_begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
+"""The run that `run_adapt` has noted and checked, so that the flow does not read all data again."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,19 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
     end_orphans(store)
     wait_for_server()
-    checked = _checked.set(inputs)
+    clear_killed(store)
+    run_id = new_run_id()
+    begun = _begun.set((run_id, inputs))
     try:
-        return named(settings, store=str(store.resolve()), head_map=head_map)
+        with noted(store, run_id):
+            return named(settings, store=str(store.resolve()), head_map=head_map)
     finally:
-        _checked.reset(checked)
+        _begun.reset(begun)
+
+
+def new_run_id() -> str:
+    """When it began, and a few letters more."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
 def ranked_bases(store: Store) -> set[str]:
@@ -105,29 +112,26 @@ def ranked_bases(store: Store) -> set[str]:
 def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None = None) -> Summary:
     """Adapts a base model to a target by its task heads, and says what it cost."""
     start = time.perf_counter()
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    inputs = _checked.get() or check_inputs(settings)
+    run_id, inputs = _begun.get() or (new_run_id(), check_inputs(settings))
     run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
-    clear_killed(Path(store))
 
-    with noted(Path(store), run_id, str(flow_run.id)):
-        data = read_data(run)
-        given = given_head_map(Store(Path(store)), head_map, inputs)
-        heads = reuse_heads(run, given) if given is not None else find_heads(run, data)
-        scores = score_corpus(run, data, heads, inputs.scorer)
-        subset = choose(run, data, scores)
-        models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
-        models |= other_arms(run, data, heads, scores)
-        if head_proxy := run.ledger.last("head_proxy"):
-            models["proxy"] = head_proxy
-        reference = cost_of_full(run, data, models.get("full"))
-        evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
+    data = read_data(run)
+    given = given_head_map(Store(Path(store)), head_map, inputs)
+    heads = reuse_heads(run, given) if given is not None else find_heads(run, data)
+    scores = score_corpus(run, data, heads, inputs.scorer)
+    subset = choose(run, data, scores)
+    models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
+    models |= other_arms(run, data, heads, scores)
+    if head_proxy := run.ledger.last("head_proxy"):
+        models["proxy"] = head_proxy
+    reference = cost_of_full(run, data, models.get("full"))
+    evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
 
-        summary = make_summary(
-            settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
-        )
-        summary.seconds = time.perf_counter() - start
-        return record(summary, settings.model_dump(mode="json"), store=store)
+    summary = make_summary(
+        settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
+    )
+    summary.seconds = time.perf_counter() - start
+    return record(summary, settings.model_dump(mode="json"), store=store)
 
 
 def read_data(run: Run) -> Data:

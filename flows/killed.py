@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import psutil
 
@@ -25,18 +24,19 @@ SECONDS_TO_END = 5.0
 
 
 @contextmanager
-def noted(store: Path, run_id: str, flow_run_id: str) -> Iterator[None]:
-    """Notes that this process is at a run, under a lock that dies with it.
+def noted(store: Path, run_id: str) -> Iterator[None]:
+    """Notes that this process is at a run, under a lock that dies with it; Prefect gets it as tag.
 
     A run that ends by itself takes its note away; of one that was killed or stopped it stays, and
     `clear_killed` of the next run finds it without its lock.
     """
-    # all that it says stands in its name, so that none is ever half written
-    note = _notes(store) / f"{run_id}_{flow_run_id}"
+    from prefect import tags
+
+    note = _notes(store) / run_id
     with _alone(store):
         stream = note.open("w", encoding="utf-8")
         fcntl.flock(stream, fcntl.LOCK_EX)
-    with stream:
+    with stream, tags(run_id):
         try:
             yield
         except Exception:
@@ -55,8 +55,8 @@ def clear_killed(store: Path) -> None:
             return
         with get_client(sync_client=True) as client:
             for note in notes:
-                run_id, _, flow_run_id = note.name.partition("_")
-                _mark_as_crashed(client, flow_run_id)
+                run_id = note.name
+                _mark_as_crashed(client, run_id)
                 (store / "runs" / f"{run_id}.tmp").unlink(missing_ok=True)
                 for folder in (store / ".scratch").glob(f"record-{run_id}-*"):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +69,7 @@ def clear_killed(store: Path) -> None:
 
 def killed_runs(store: Path) -> list[Path]:
     """Notes of runs whose process is gone."""
-    return [note for note in sorted(_notes(store, make=False).glob("*_*")) if _is_free(note)]
+    return [note for note in sorted(_notes(store, make=False).glob("[!.]*")) if _is_free(note)]
 
 
 def end_orphans(store: Path) -> None:
@@ -101,21 +101,16 @@ def orphaned_servers(store: Path) -> list[psutil.Process]:
     return found
 
 
-def _mark_as_crashed(client: SyncPrefectClient, flow_run_id: str) -> None:
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-    from prefect.exceptions import ObjectNotFound
+def _mark_as_crashed(client: SyncPrefectClient, run_id: str) -> None:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
     from prefect.states import Crashed
 
     crashed = Crashed(message="Its process was killed. The same command goes on from there.")
-    try:
-        flow_run = client.read_flow_run(UUID(flow_run_id))
-    except ObjectNotFound:
-        return  # it ran at another server
-    if flow_run.state is not None and flow_run.state.is_final():
-        return
-    client.set_flow_run_state(flow_run.id, crashed, force=True)
-    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
-    for task_run in client.read_task_runs(flow_run_filter=of_it):
+    of_run = FlowRunFilter(tags=FlowRunFilterTags(all_=[run_id]))
+    for flow_run in client.read_flow_runs(flow_run_filter=of_run):
+        if flow_run.state is None or not flow_run.state.is_final():
+            client.set_flow_run_state(flow_run.id, crashed, force=True)
+    for task_run in client.read_task_runs(flow_run_filter=of_run):
         if task_run.state is None or not task_run.state.is_final():
             client.set_task_run_state(task_run.id, crashed, force=True)
 

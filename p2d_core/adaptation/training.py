@@ -168,7 +168,7 @@ def train(
     # the table of figures that it prints at the end is for a console of its own
     trainer.remove_callback(PrinterCallback)
     if last is not None:
-        log.info("training goes on from %s", Path(last).name)
+        log.info("training goes on from %s of %s", Path(last).name, scratch.name)
     trainer.train(resume_from_checkpoint=last)
     model.eval()
     curve = [

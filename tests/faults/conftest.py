@@ -4,11 +4,17 @@
 """
 
 import json
+import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.faults.job import write_job
+from tests.faults.undisturbed import Undisturbed, run_undisturbed
+from tests.faults.warm import Warm
 
 RESULTS = Path(__file__).parent / "results.json"
 _counts: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "held": 0})
@@ -34,3 +40,31 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     merged = dict(sorted((known | dict(_counts)).items()))
     RESULTS.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Runs `p2d adapt run.yaml` of a tiny job without start-up; all share the tests' server."""
+    from prefect import get_client
+
+    folder = tmp_path_factory.mktemp("warm")
+    write_job(folder)
+    with get_client(sync_client=True) as client:
+        client.api_healthcheck()
+        url = str(client.api_url)
+    warm = Warm(folder, folder / "artifacts", url)
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(warm: Warm) -> Undisturbed:
+    """What the job comes to when nothing happens to it; a copy of its store is kept."""
+    return run_undisturbed(warm)
+
+
+@pytest.fixture
+def empty(warm: Warm) -> Path:
+    """The warm process's store, with nothing in it."""
+    shutil.rmtree(warm.store, ignore_errors=True)
+    return warm.store
