@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 
+LOGGERS = ("p2d_core", "tasks")
 STARTED_BY = "P2D_STARTED_BY"
 """Id of the process that Prefect's temporary server is for; the server inherits it."""
 
@@ -25,7 +27,7 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "p2d_core,tasks",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(LOGGERS),
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         # torch's threads spin while they wait, and beside another busy process wait for it too:
         # a step of a small model then takes many times as long as with threads that sleep
@@ -39,6 +41,10 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     os.environ[STARTED_BY] = str(os.getpid())
+    if verbose:
+        for logger in LOGGERS:
+            # Prefect gives them its handlers, not its level
+            logging.getLogger(logger).setLevel(logging.INFO)
 
 
 _starting: list[threading.Thread] = []

@@ -5,7 +5,7 @@
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tests.faults.undisturbed import Undisturbed, run_undisturbed
 from tests.faults.warm import Warm
 
 RESULTS = Path(__file__).parent / "results.json"
+_met: Counter[str] = Counter()
 _counts: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "held": 0})
 
 
@@ -34,6 +35,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not _counts or config.option.markexpr:
         return
     terminalreporter.section("faults")
+    if _met:
+        places = ", ".join(f"{place} {n}" for place, n in sorted(_met.items()))
+        terminalreporter.line(f"where the kills met the runs: {places}")
     for family in sorted(_counts):
         counts = _counts[family]
         terminalreporter.line(f"{family:<20} {counts['held']:>6,} of {counts['tried']:>6,} held")
@@ -61,6 +65,12 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 def undisturbed(warm: Warm) -> Undisturbed:
     """What the job comes to when nothing happens to it; a copy of its store is kept."""
     return run_undisturbed(warm)
+
+
+@pytest.fixture
+def met() -> Counter[str]:
+    """Where kills met runs, by stage; said at the end."""
+    return _met
 
 
 @pytest.fixture

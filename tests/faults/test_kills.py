@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,19 +35,9 @@ OF_A_KIND = 64
 OWN_SERVER = 8
 
 
-@pytest.fixture(scope="module")
-def landings(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """Where the kills met the runs; said at the end."""
-    counts: Counter[str] = Counter()
-    yield counts
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    met = ", ".join(f"{place} {n}" for place, n in sorted(counts.items()))
-    reporter.write_line(f"\nwhere the kills met the runs: {met}")
-
-
 @pytest.mark.parametrize("number", trials(range(len(KINDS) * OF_A_KIND), quick=len(KINDS)))
 def test_a_killed_run_goes_on_and_ends_the_same(
-    number: int, warm: Warm, undisturbed: Undisturbed, empty: Path, landings: Counter[str]
+    number: int, warm: Warm, undisturbed: Undisturbed, empty: Path, met: Counter[str]
 ) -> None:
     kind, number = KINDS[number // OF_A_KIND], number % OF_A_KIND
     code = {"write": in_a_write, "time": at_a_time, "event": at_an_event}[kind](
@@ -56,7 +45,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     )
     assert code in (0, -signal.SIGKILL, -signal.SIGXFSZ)
     finished, sealed = manifests(empty), newest_checkpoints(empty)
-    landings[met_in(empty, undisturbed)] += 1
+    met[met_in(empty, undisturbed)] += 1
 
     code, said = warm.run("adapt", "run.yaml")
 
@@ -171,6 +160,24 @@ def running_at_prefect() -> list[str]:
     only = FlowRunFilter(state=FlowRunFilterState(type=at_work))
     with get_client(sync_client=True) as client:
         return [run.name for run in client.read_flow_runs(flow_run_filter=only)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["proxy", "head_proxy", "model"])
+def test_a_run_killed_after_its_last_step_trains_no_more(
+    stage: str, warm: Warm, undisturbed: Undisturbed, empty: Path, met: Counter[str]
+) -> None:
+    seal = rf"^open w /\.scratch/{stage}-.*/{SEAL}$"
+    sealed = [place for place, text in enumerate(undisturbed.events) if re.search(seal, text)]
+    assert warm.run("adapt", "run.yaml", end_at=sealed[-1] + 1)[0] == -signal.SIGKILL
+    met[met_in(empty, undisturbed)] += 1
+    (checkpoint,) = newest_checkpoints(empty).values()
+    assert checkpoint == undisturbed.events[sealed[-1]].split("/")[-2]
+    code, said = warm.run("adapt", "run.yaml")
+    assert code == 0, said
+    assert f"training goes on from {checkpoint} of {stage}" in said
+    assert contents(empty) == undisturbed.contents
+    assert files(empty) == undisturbed.files
 
 
 @pytest.mark.parametrize("number", trials(range(OWN_SERVER), quick=0))
