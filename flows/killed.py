@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from flows.environment import STARTED_BY
+from p2d_core.store.runs import remove_unfinished
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -57,7 +58,7 @@ def clear_killed(store: Path) -> None:
             for note in notes:
                 run_id = note.name
                 _mark_as_crashed(client, run_id)
-                (store / "runs" / f"{run_id}.tmp").unlink(missing_ok=True)
+                remove_unfinished(store, run_id)
                 for folder in (store / ".scratch").glob(f"record-{run_id}-*"):
                     shutil.rmtree(folder, ignore_errors=True)
                 note.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from prefect.cache_policies import NO_CACHE
 
 from p2d_core.errors import P2DError, TransientError
 from p2d_core.store import ArtifactRef
+from p2d_core.store.runs import keep_summary
 from tasks.pictures import draw_pictures
 from tasks.stage import is_transient
 from tasks.summary import ARMS, Summary
@@ -154,8 +155,6 @@ def record_run(
 @task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
 def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary:
     """Records the run in MLflow and writes ``runs/<run_id>.json``; every run is, reused or not."""
-    runs = Path(store) / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
     tracking = settings["tracking"]
     public = {**tracking, "uri": shown_uri(tracking["uri"] or "")}
     try:
@@ -168,9 +167,7 @@ def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary
             tags=tracking["tags"],
         )
     finally:
-        file = runs / f"{summary.run_id}.json"
-        file.with_suffix(".tmp").write_text(summary.to_json(), encoding="utf-8")
-        file.with_suffix(".tmp").replace(file)
+        keep_summary(Path(store), summary.run_id, summary.to_json())
     return summary
 
 

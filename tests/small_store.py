@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from p2d_core.samples.schema import Sample, sample_id_of, to_table
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
+from p2d_core.store.runs import keep_summary
 from tasks.summary import Summary
 
 N_SAMPLES = 40
@@ -219,7 +220,5 @@ def summary(refs: dict[str, ArtifactRef], run_id: str = "run-1", **changes: Any)
 
 def keep_run(store: Store, done: Summary) -> Path:
     """Writes the summary where runs keep theirs."""
-    file = store.root / "runs" / f"{done.run_id}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(done.to_json(), encoding="utf-8")
-    return file
+    keep_summary(store.root, done.run_id, done.to_json())
+    return store.root / "runs" / f"{done.run_id}.json"

@@ -110,9 +110,13 @@ def verify(
 ) -> None:
     """Check that every file is as it was made. Exit code 1 if one is not.
 
+    Artifacts and summaries of runs are looked at; what MLflow and Prefect keep for themselves is
+    not.
+
     Example: [bold]p2d artifacts verify[/bold]
     """
     from flows.cli.progress import StageProgress
+    from p2d_core.store.runs import read_summary, run_files
 
     here = existing_store(store)
     refs = [artifact(here, key)] if key is not None else list(here.refs())
@@ -121,6 +125,11 @@ def verify(
         for done, ref in enumerate(refs):
             tell(done, len(refs))
             damaged += [f"{ref.location}: {fault}" for fault in here.faults(ref)]
+    for file in run_files(here) if key is None else ():
+        try:
+            read_summary(file)
+        except ArtifactError as error:
+            damaged.append(f"{error} No run makes it again: delete it.")
     if damaged:
         raise ArtifactError(
             "\n".join(damaged) + "\nWhat is damaged is found and made again by the next run that "
@@ -142,7 +151,8 @@ def gc(
 
     Example: [bold]p2d artifacts gc --keep-runs 3 --dry-run[/bold]
     """
-    from p2d_core.store.gc import remove, run_files, unneeded
+    from p2d_core.store.gc import remove, unneeded
+    from p2d_core.store.runs import run_files
 
     here = existing_store(store)
     removals = unneeded(here, keep_runs=keep_runs)

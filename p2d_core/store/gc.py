@@ -1,15 +1,14 @@
 """What of a store nobody needs any more: leftovers, and artifacts of runs long past."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from p2d_core.errors import ArtifactError
 from p2d_core.store.manifest import MANIFEST
+from p2d_core.store.runs import read_summary, run_files
 from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable
 
 UNENDED = 24 * 3600.0
@@ -25,12 +24,6 @@ class Removal:
     path: Path
     why: str
     bytes: int
-
-
-def run_files(store: Store) -> list[Path]:
-    """Summaries of runs, newest first."""
-    files = (store.root / "runs").glob("*.json")
-    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
 
 
 def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
@@ -107,9 +100,8 @@ def _needed(refs: Mapping[str, ArtifactRef], runs: Iterable[Path]) -> set[str]:
 
 def _keys_named(file: Path) -> list[str]:
     try:
-        artifacts: Any = json.loads(file.read_text(encoding="utf-8"))["artifacts"]
-        return [Path(folder).name for folder in artifacts.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [Path(folder).name for folder in read_summary(file)["artifacts"].values()]
+    except (ArtifactError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{file} is not the summary of a run ({error!r}), so what it needs is not known and "
             "nothing was removed. Delete that file if you do not need the run, and try again."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import uuid
@@ -15,8 +14,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from p2d_core.errors import InputError
-from p2d_core.store.gc import run_files
+from p2d_core.errors import ArtifactError, InputError
+from p2d_core.store.runs import read_summary, run_files
 from p2d_core.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -192,8 +191,8 @@ def _runs(store: Store) -> pa.Table:
     rows = []
     for file in run_files(store):
         try:
-            rows.append(_run_row(json.loads(file.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError) as error:
+            rows.append(_run_row(read_summary(file)))
+        except (ArtifactError, KeyError, TypeError) as error:
             log.warning("%s is left out: not the summary of a run (%r)", file, error)
     return pa.Table.from_pylist(rows, schema=RUNS)
 

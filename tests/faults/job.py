@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"source": {"path": "evaluation.jsonl"}},
     "proxy": {"samples": 20, "held_out": 20, "epochs": 2},
     "heads": {"ranker": "frobenius", "proxy_epochs": 2},
-    "training": {"epochs": 1, "checkpoint_seconds": 0.02},
+    "training": {"epochs": 1, "checkpoint_seconds": 0.0001},
     "arms": {"random": False, "full": "calibrated", "calibration_steps": 4},
     "threads": 1,
 }

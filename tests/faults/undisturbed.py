@@ -26,7 +26,22 @@ class Undisturbed:
     contents: dict[str, str]
     files: set[str]
     temporary: set[str]
-    summary: dict
+    results: dict
+    """What its summary says, but for seconds, run ids and what was reused."""
+    said: str
+
+    @staticmethod
+    def summary_in(file: Path) -> dict:
+        """The results in the summary of another run."""
+        summary = json.loads(file.read_text())
+        heads = {k: v for k, v in summary["heads"].items() if k != "picture"}
+        return {
+            "heads": heads,
+            "selection": summary["selection"],
+            "quality": summary["quality"],
+            "trainable": summary["trainable"],
+            "artifacts": {k: Path(v).name for k, v in summary["artifacts"].items()},
+        }
 
 
 def run_undisturbed(warm: Warm) -> Undisturbed:
@@ -47,7 +62,8 @@ def run_undisturbed(warm: Warm) -> Undisturbed:
         contents(warm.store),
         files(warm.store),
         names(warm.temporary),
-        json.loads((warm.folder / "summary.json").read_text()),
+        Undisturbed.summary_in(warm.folder / "summary.json"),
+        said,
     )
 
 
@@ -73,8 +89,10 @@ def names(folder: Path) -> set[str]:
 
 def left_by_runs(store: Path) -> set[str]:
     """What of the other folders only a killed run leaves: drafts, and notes of it."""
-    return {
+    left = {
         str(path.relative_to(store))
         for pattern in ("mlflow/.mlflow-*", "runs/*.tmp", "prefect/running/[!.]*")
         for path in store.glob(pattern)
     }
+    hashes = store.glob("runs/*.sha256")
+    return left | {hash.name for hash in hashes if not hash.with_suffix(".json").exists()}

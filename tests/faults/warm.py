@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 USED_BY_A_RUN = (
     "flows.adapt",
     "flows.cli.main",
@@ -51,10 +53,18 @@ class Child:
         """The exit code; minus the signal's number if one ended it."""
         return self.warm.ask(wait=self.pid)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    def is_stopped(self) -> bool:
+        """Whether it has come to where its watch stops it."""
+        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+
     @property
     def said(self) -> str:
         """What it wrote to standard output and standard error."""
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
 
 class Warm:
@@ -111,7 +121,8 @@ class Watch:
     """Sees what a process does to the files of its store, and can end it in the midst of that.
 
     ``events``: file to which all of them are written at the end.
-    ``end_at``: number of the event before which the process ends itself by SIGKILL.
+    ``end_at``: number of the event before which the process ends itself by SIGKILL;
+    ``stop_at``: of one before which it stops for good, by SIGSTOP.
     ``armed_by``: from the first event whose text this pattern is found in, no file may grow larger
     than ``bytes``: the kernel lets a write go so far and then ends the process (SIGXFSZ).
     """
@@ -121,12 +132,13 @@ class Watch:
         store: str,
         events: str | None = None,
         end_at: int | None = None,
+        stop_at: int | None = None,
         armed_by: str | None = None,
         bytes: int = 0,
     ) -> None:
         self.store = store
         self.events_file = events
-        self.end_at = end_at
+        self.signal_at = {end_at: signal.SIGKILL, stop_at: signal.SIGSTOP}
         self.armed_by = armed_by
         self.bytes = bytes
         self.seen: list[str] = []
@@ -139,9 +151,9 @@ class Watch:
             return
         mode = f" {arguments[1]}" if event == "open" else ""
         text = f"{event}{mode} {path.removeprefix(self.store)}"
-        if self.end_at == len(self.seen):
-            os.kill(os.getpid(), signal.SIGKILL)
         self.seen.append(text)
+        if (ending := self.signal_at.get(len(self.seen) - 1)) is not None:
+            os.kill(os.getpid(), ending)
         if self.armed_by is not None and re.search(self.armed_by, text):
             self.armed_by = None
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.bytes, self.bytes))
