@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -24,14 +25,14 @@ from p2d_core.errors import HeadMapError
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
-from tasks.measurements import measure, measurer_of, n_steps, scorer_step
+from tasks.measurements import measure, measure_together, measurer_of, n_steps, scorer_step
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
 from tasks.record import record
 from tasks.samples import assemble, read_source, shards_of, split_target
 from tasks.scores import score
-from tasks.stage import Plugin, Runtime
+from tasks.stage import Plugin, Runtime, ShardRef
 from tasks.subset import draw_subset
 from tasks.summary import Summary
 
@@ -211,19 +212,12 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> Ar
             "heads": heads if one.needs_heads else None,
             "previous": scores,
         }
+        measured_with = looked_at | {
+            "measurer": measurer_of(one),
+            "target": data.target if one.measures_target else None,
+        }
         with run.ledger.stage("measurements") as made:
-            futures = measure.map(
-                unmapped(run.runtime),
-                measurer=unmapped(measurer_of(one)),
-                shard=shards,
-                passing=passing,
-                target=unmapped(data.target if one.measures_target else None),
-                **{name: unmapped(value) for name, value in looked_at.items()},
-            )
-            with progress_of("measurements (shards)") as progress:
-                for done, future in enumerate(futures, start=1):
-                    made.append(future.result())
-                    progress(done, len(shards))
+            made += measure_corpus(run.runtime, shards, passing, measured_with, one.runs_model)
             measured = list(made)
         with run.ledger.stage("scores") as made:
             scores = score(
@@ -236,6 +230,30 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef, scorer: Plugin) -> Ar
             made.append(scores)
     assert scores is not None
     return scores
+
+
+def measure_corpus(
+    runtime: Runtime,
+    shards: list[ShardRef],
+    passing: list[str | None],
+    measured_with: dict[str, Any],
+    runs_model: bool,
+) -> list[ArtifactRef]:
+    """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    if not runs_model:
+        return measure_together(runtime, shards, passing, measured_with)
+    futures = measure.map(
+        unmapped(runtime),
+        shard=shards,
+        passing=passing,
+        **{name: unmapped(value) for name, value in measured_with.items()},
+    )
+    made = []
+    with progress_of("measurements (shards)") as progress:
+        for future in futures:
+            made.append(future.result())
+            progress(len(made), len(shards))
+    return made
 
 
 def tune_heads(run: Run, data: Data, heads: ArtifactRef) -> ArtifactRef:

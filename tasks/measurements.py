@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from p2d_core.affinity import Scorer, Step, Target, scorers, steps_of
 from p2d_core.affinity.measuring import MEASURED, measure_shard
@@ -15,9 +19,10 @@ from p2d_core.models import CapturedModel
 from p2d_core.samples.shards import read_shard
 from p2d_core.store import ArtifactRef, Making
 from tasks.heads import head_map_in
+from tasks.progress import progress_of
 from tasks.proxy import slices_in
 from tasks.samples import target_part
-from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, stage
+from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, is_transient, stage
 
 NO_TARGET = Target((), ())
 
@@ -57,6 +62,30 @@ def measure(
     pq.write_table(measured, making.folder / MEASURED, compression="zstd")
     making.samples = len(samples)
     making.tokens = sum(measured["n_tokens"].to_pylist())
+
+
+@task(
+    name="measurements",
+    retries=2,
+    retry_delay_seconds=[1, 5],
+    retry_condition_fn=is_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def measure_together(
+    runtime: Runtime,
+    shards: list[ShardRef],
+    passing: list[str | None],
+    measured_with: Mapping[str, Any],
+) -> list[ArtifactRef]:
+    """`measure` for every shard in one task, for scorers that run no model: with a thousand shards
+    a task each would take longer than their work. The artifacts are the same."""
+    made: list[ArtifactRef] = []
+    with progress_of("measurements (shards)") as progress:
+        for shard, passed in zip(shards, passing, strict=True):
+            made.append(measure.fn(runtime, shard=shard, passing=passed, **measured_with))
+            progress(len(made), len(shards))
+    return made
 
 
 def scorer_step(scorer: Plugin, step: int) -> Step:

@@ -51,6 +51,7 @@ class IclAttention:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = True
     measured_by: ClassVar[tuple[str, ...]] = ("demonstrations", "draws", "seed")
+    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
 
