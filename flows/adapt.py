@@ -25,7 +25,14 @@ from p2d_core.errors import HeadMapError
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
-from tasks.measurements import measure, measure_together, measurer_of, n_steps, scorer_step
+from tasks.measurements import (
+    check_room_for,
+    measure,
+    measure_together,
+    measurer_of,
+    n_steps,
+    scorer_step,
+)
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
@@ -240,6 +247,7 @@ def measure_corpus(
     runs_model: bool,
 ) -> list[ArtifactRef]:
     """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    check_room_for(runtime, shards, passing, measured_with)
     if not runs_model:
         return measure_together(runtime, shards, passing, measured_with)
     futures = measure.map(

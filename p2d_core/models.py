@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from p2d_core.adaptation.slices import TunedSlices
-from p2d_core.attention.layout import AttentionLayer, attention_layers
+from p2d_core.attention.layout import (
+    AttentionLayer,
+    all_heads,
+    attention_layers,
+    projection_weights,
+    slices_of,
+)
 from p2d_core.errors import ModelError
 from p2d_core.progress import Progress, no_progress
 from p2d_core.response_loss import response_losses
@@ -86,6 +93,43 @@ def check_attention(folder: Path) -> None:
         UnsupportedModelError: single heads cannot be found in its attention.
         ModelError: transformers cannot make a model of the config.
     """
+    attention_layers(_without_weights(folder))
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many numbers a model has, without loading them."""
+
+    total: int
+    layers: tuple[AttentionLayer, ...]
+    width: int
+    """Of the residual stream: what a row of q, k and v and a column of o have."""
+
+    @property
+    def attention(self) -> int:
+        """In all q, k, v and o projections."""
+        return self.of_heads(all_heads(self.layers))
+
+    def of_heads(self, heads: Iterable[tuple[int, int]]) -> int:
+        """In these heads' slices, of their KV groups all."""
+        pieces = slices_of(self.layers, [(layer, head) for layer, head in heads])
+        return sum(piece.stop - piece.start for piece in pieces) * self.width
+
+
+@functools.lru_cache(maxsize=4)
+def parameter_counts(folder: Path) -> ParameterCounts:
+    """From the model's config alone.
+
+    Raises:
+        ModelError: as `check_attention`.
+    """
+    model = _without_weights(folder)
+    layers = attention_layers(model)
+    width = projection_weights(model, layers[0])["q"].shape[1]
+    return ParameterCounts(sum(each.numel() for each in model.parameters()), layers, width)
+
+
+def _without_weights(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -93,10 +137,9 @@ def check_attention(folder: Path) -> None:
             str(folder), trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: transformers cannot make a model of it: {error}") from error
-    attention_layers(model)
 
 
 def model_hash(folder: Path, progress: Progress = no_progress) -> str:
