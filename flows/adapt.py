@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ from flows.environment import wait_for_server
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.ledger import Ledger
 from flows.report import make_summary
+from flows.services import service_error
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
@@ -43,12 +45,16 @@ from tasks.stage import Plugin, Runtime, ShardRef
 from tasks.subset import draw_subset
 from tasks.summary import Summary
 
+log = logging.getLogger(__name__)
+
 NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
 
 
 _checked: ContextVar[Inputs | None] = ContextVar("checked", default=None)
 """What `run_adapt` has checked, so that the flow does not read all data once more."""
+_done: ContextVar[list[Summary] | None] = ContextVar("done", default=None)
+"""Where the flow leaves what came of it, for the case that Prefect then cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     Raises:
         InputError: before anything was started.
         ArtifactError: there is no such head map.
+        ServiceError: Prefect's server was away from the start.
     """
     ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
     inputs = check_inputs(settings, ranked)
@@ -89,11 +96,20 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
     wait_for_server()
-    checked = _checked.set(inputs)
+    checked, done = _checked.set(inputs), _done.set(finished := [])
     try:
         return named(settings, store=str(store.resolve()), head_map=head_map)
+    except Exception as error:
+        away = service_error(error)
+        if away is None:
+            raise
+        if not finished:
+            raise away from error
+        log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
+        return finished[0]
     finally:
         _checked.reset(checked)
+        _done.reset(done)
 
 
 @flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=1), persist_result=False)
@@ -120,7 +136,10 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
         settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
     )
     summary.seconds = time.perf_counter() - start
-    return record(summary, settings.model_dump(mode="json"), store=store)
+    done = record(summary, settings.model_dump(mode="json"), store=store)
+    if (kept := _done.get()) is not None:
+        kept.append(done)
+    return done
 
 
 def read_data(run: Run) -> Data:
