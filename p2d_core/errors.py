@@ -49,5 +49,9 @@ class TrainingError(P2DError):
     """Training cannot go on: the loss is not a number, or nothing is left to learn from."""
 
 
+class NumericalError(P2DError):
+    """What a model or a scorer gave is not a number."""
+
+
 class TransientError(P2DError):
     """Something that may pass by itself; the only error of ours that is retried."""

@@ -23,7 +23,7 @@ from p2d_core.attention.layout import (
     projection_weights,
     slices_of,
 )
-from p2d_core.errors import ModelError
+from p2d_core.errors import ModelError, NumericalError
 from p2d_core.progress import Progress, no_progress
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
@@ -298,4 +298,22 @@ class CapturedModel:
         losses = torch.empty(len(encoded), dtype=torch.float32, device=self.device)
         for positions, part in self.each_batch(encoded, of):
             losses[positions] = part.float()
-        return losses.cpu()
+        return checked_losses(losses.cpu(), encoded)
+
+
+def checked_losses(losses: Tensor, encoded: Sequence[EncodedSample]) -> Tensor:
+    """The losses as they are, if all are numbers.
+
+    Raises:
+        NumericalError: names the first sample whose loss is none.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise NumericalError(
+            f"the loss of {len(bad)} of {len(encoded)} responses is no number; the first, of "
+            f"sample {encoded[first].sample_id[:12]}, is {float(losses[first])}. Look at that "
+            "sample and at the weights of the model, lower the learning rate if it was tuned, or "
+            "use precision: float32."
+        )
+    return losses

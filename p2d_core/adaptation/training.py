@@ -170,6 +170,7 @@ def train(
         log.info("training goes on from %s", Path(last).name)
     trainer.train(resume_from_checkpoint=last)
     model.eval()
+    _check_weights(model)
     curve = [
         {key: float(entry[key]) for key in ("step", "epoch", "loss", "learning_rate")}
         for entry in trainer.state.log_history
@@ -177,6 +178,16 @@ def train(
     ]
     tokens = round(sum(len(sample.input_ids) for sample in encoded) * steps / steps_an_epoch)
     return TrainingResult(curve, steps, tokens, seconds_before)
+
+
+def _check_weights(model: nn.Module) -> None:
+    """The loss is logged every few steps, and before a step: the last update shows here alone."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(
+                f"after the last step {name} has values that are no numbers. "
+                "Lower the learning rate, or look for broken samples in the subset."
+            )
 
 
 def _last_checkpoint(scratch: Path) -> tuple[str | None, float]:

@@ -68,9 +68,9 @@ class SmallJob:
         self.file = folder / "run.yaml"
         self.file.write_text(yaml.safe_dump(self.values))
 
-    def here(self, store: Path) -> Summary:
+    def here(self, store: Path, **changes: Any) -> Summary:
         """The same in this process, with the server that all tests share."""
-        return run_adapt(parse_settings(self.values, self.file), store=store)
+        return run_adapt(parse_settings(self.values | changes, self.file), store=store)
 
     def start(
         self,
