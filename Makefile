@@ -26,8 +26,9 @@ pytest: $(INSTALLED)
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
 
-faults: $(INSTALLED)  ## every fault that is known to happen, for real; tests/faults/results.json
+faults: $(INSTALLED)  ## every fault that is known to happen, for real; figures into docs/guarantees.md
 	$(BIN)/pytest tests/faults -m "" --timeout 3600
+	$(BIN)/python -m tests.faults.page
 
 bench: $(INSTALLED)  ## what P2D costs, and against what; SIZE=gpu on a machine with a GPU
 	$(BIN)/python -m benchmarks --size $(or $(SIZE),cpu)

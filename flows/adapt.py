@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -9,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -18,6 +20,7 @@ from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.killed import clear_killed, end_orphans, noted
 from flows.ledger import Ledger
 from flows.report import make_summary
+from flows.services import service_error
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
@@ -26,7 +29,14 @@ from p2d_core.models import layers_of
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
-from tasks.measurements import measure, measurer_of, n_steps, scorer_step
+from tasks.measurements import (
+    check_room_for,
+    measure,
+    measure_together,
+    measurer_of,
+    n_steps,
+    scorer_step,
+)
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
@@ -39,9 +49,11 @@ from tasks.samples import (
     split_target,
 )
 from tasks.scores import score
-from tasks.stage import Plugin, Runtime, SourceInput
+from tasks.stage import Plugin, Runtime, ShardRef, SourceInput
 from tasks.subset import draw_subset
 from tasks.summary import Summary
+
+log = logging.getLogger(__name__)
 
 NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
@@ -49,6 +61,8 @@ FULL = Plugin.of("full", Full())
 
 _begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
 """The run that `run_adapt` has noted and checked, so that the flow does not read all data again."""
+_done: ContextVar[list[Summary] | None] = ContextVar("done", default=None)
+"""Where the flow leaves what came of it, for the case that Prefect then cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     Raises:
         InputError: before anything was started.
         ArtifactError: there is no such head map.
+        ServiceError: Prefect's server was away from the start.
     """
     inputs = check_inputs(settings, ranked_bases(Store(store)))
     if head_map is not None:
@@ -93,12 +108,21 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     wait_for_server()
     clear_killed(store)
     run_id = new_run_id()
-    begun = _begun.set((run_id, inputs))
+    begun, done = _begun.set((run_id, inputs)), _done.set(finished := [])
     try:
         with noted(store, run_id):
             return named(settings, store=str(store.resolve()), head_map=head_map)
+    except Exception as error:
+        away = service_error(error)
+        if away is None:
+            raise
+        if not finished:
+            raise away from error
+        log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
+        return finished[0]
     finally:
         _begun.reset(begun)
+        _done.reset(done)
 
 
 def new_run_id() -> str:
@@ -142,7 +166,10 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
         evaluations,
     )
     summary.seconds = time.perf_counter() - start
-    return record(summary, settings.model_dump(mode="json"), store=store)
+    done = record(summary, settings.model_dump(mode="json"), store=store)
+    if (kept := _done.get()) is not None:
+        kept.append(done)
+    return done
 
 
 def read_data(run: Run) -> Data:
@@ -266,19 +293,12 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin
             "heads": heads if one.needs_heads else None,
             "previous": scores,
         }
+        measured_with = looked_at | {
+            "measurer": measurer_of(one),
+            "target": data.target if one.measures_target else None,
+        }
         with run.ledger.stage("measurements") as made:
-            futures = measure.map(
-                unmapped(run.runtime),
-                measurer=unmapped(measurer_of(one)),
-                shard=shards,
-                passing=passing,
-                target=unmapped(data.target if one.measures_target else None),
-                **{name: unmapped(value) for name, value in looked_at.items()},
-            )
-            with progress_of("measurements (shards)") as progress:
-                for done, future in enumerate(futures, start=1):
-                    made.append(future.result())
-                    progress(done, len(shards))
+            made += measure_corpus(run.runtime, shards, passing, measured_with, one.runs_model)
             measured = list(made)
         with run.ledger.stage("scores") as made:
             scores = score(
@@ -291,6 +311,31 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin
             made.append(scores)
     assert scores is not None
     return scores
+
+
+def measure_corpus(
+    runtime: Runtime,
+    shards: list[ShardRef],
+    passing: list[str | None],
+    measured_with: dict[str, Any],
+    runs_model: bool,
+) -> list[ArtifactRef]:
+    """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    check_room_for(runtime, shards, passing, measured_with)
+    if not runs_model:
+        return measure_together(runtime, shards, passing, measured_with)
+    futures = measure.map(
+        unmapped(runtime),
+        shard=shards,
+        passing=passing,
+        **{name: unmapped(value) for name, value in measured_with.items()},
+    )
+    made = []
+    with progress_of("measurements (shards)") as progress:
+        for future in futures:
+            made.append(future.result())
+            progress(len(made), len(shards))
+    return made
 
 
 def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:

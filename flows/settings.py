@@ -132,7 +132,7 @@ class ScoringSettings(_Settings):
     """How every sample of the corpus gets its affinity."""
 
     scorer: str = "head-filter"
-    """head-filter, head-activation, loss-shift, icl-attention, tfidf, or random."""
+    """head-filter, head-activation, loss-shift, icl-attention, tfidf, length, or random."""
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"

@@ -37,8 +37,20 @@ class ArtifactError(P2DError):
     """An artifact is missing or is not what its manifest says."""
 
 
+class StorageError(P2DError):
+    """The disk is full or too small for what comes, or a folder may not be written."""
+
+
+class ServiceError(P2DError):
+    """A server or a database that the run needs is away, locked, or refuses."""
+
+
 class TrainingError(P2DError):
     """Training cannot go on: the loss is not a number, or nothing is left to learn from."""
+
+
+class NumericalError(P2DError):
+    """What a model or a scorer gave is not a number."""
 
 
 class TransientError(P2DError):

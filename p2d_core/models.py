@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from p2d_core.adaptation.slices import TunedSlices
-from p2d_core.attention.layout import AttentionLayer, attention_layers
-from p2d_core.errors import ModelError, UnsupportedModelError
+from p2d_core.attention.layout import (
+    AttentionLayer,
+    all_heads,
+    attention_layers,
+    projection_weights,
+    slices_of,
+)
+from p2d_core.errors import ModelError, NumericalError, UnsupportedModelError
 from p2d_core.progress import Progress, no_progress
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
@@ -177,6 +184,39 @@ def _attention_of(model: Any, folder: Path) -> tuple[AttentionLayer, ...]:
         return attention_layers(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{folder}: {error} Use another base model.") from error
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many numbers a model has, without loading them."""
+
+    total: int
+    layers: tuple[AttentionLayer, ...]
+    width: int
+    """Of the residual stream: what a row of q, k and v and a column of o have."""
+
+    @property
+    def attention(self) -> int:
+        """In all q, k, v and o projections."""
+        return self.of_heads(all_heads(self.layers))
+
+    def of_heads(self, heads: Iterable[tuple[int, int]]) -> int:
+        """In these heads' slices, of their KV groups all."""
+        pieces = slices_of(self.layers, [(layer, head) for layer, head in heads])
+        return sum(piece.stop - piece.start for piece in pieces) * self.width
+
+
+@functools.lru_cache(maxsize=4)
+def parameter_counts(folder: Path) -> ParameterCounts:
+    """From the model's config alone.
+
+    Raises:
+        ModelError: as `check_loads`.
+    """
+    model = _without_weights(folder)
+    layers = attention_layers(model)
+    width = projection_weights(model, layers[0])["q"].shape[1]
+    return ParameterCounts(sum(each.numel() for each in model.parameters()), layers, width)
 
 
 def _without_weights(folder: Path) -> Any:
@@ -465,4 +505,22 @@ class CapturedModel:
         losses = torch.empty(len(encoded), dtype=torch.float32, device=self.device)
         for positions, part in self.each_batch(encoded, of):
             losses[positions] = part.float()
-        return losses.cpu()
+        return checked_losses(losses.cpu(), encoded)
+
+
+def checked_losses(losses: Tensor, encoded: Sequence[EncodedSample]) -> Tensor:
+    """The losses as they are, if all are numbers.
+
+    Raises:
+        NumericalError: names the first sample whose loss is none.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise NumericalError(
+            f"the loss of {len(bad)} of {len(encoded)} responses is no number; the first, of "
+            f"sample {encoded[first].sample_id[:12]}, is {float(losses[first])}. Look at that "
+            "sample and at the weights of the model, lower the learning rate if it was tuned, or "
+            "use precision: float32."
+        )
+    return losses

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from p2d_core.affinity import Scorer, Step, Target, scorers, steps_of
+from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import MEASURED, measure_shard
 from p2d_core.affinity.scoring import SCORES, passing_ids
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, parameter_counts
 from p2d_core.samples.shards import read_shard
-from p2d_core.store import ArtifactRef, Making
+from p2d_core.store import ArtifactRef, Making, Store
+from p2d_core.store.manifest import MANIFEST
+from p2d_core.store.room import check_room
 from tasks.heads import head_map_in
+from tasks.progress import progress_of
 from tasks.proxy import slices_in
+from tasks.room import of_measurements
 from tasks.samples import target_part
-from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, stage
+from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, is_transient, stage
 
 NO_TARGET = Target((), ())
 
 
-@stage("measurements", outside_key=("scorer", "step", "heads", "previous"))
+def _room(shard: ShardRef, **looked_at: Any) -> int:
+    rows = pq.ParquetFile(shard.file).metadata.num_rows
+    return of_measurements(rows, _numbers_a_sample(**looked_at))
+
+
+def _numbers_a_sample(
+    base: BaseModel,
+    scorer: Plugin,
+    step: int,
+    task_heads: tuple[tuple[int, int], ...],
+    heads: ArtifactRef | None,
+    **_: Any,
+) -> int:
+    """The head vectors of head-activation; of every other scorer at most a few for each head."""
+    one = scorer_step(scorer, step).scorer
+    head_map = head_map_of(heads)
+    if isinstance(one, HeadActivation) and head_map is not None:
+        layers = parameter_counts(Path(base.folder)).layers
+        return len(one.looked_at(head_map)) * layers[0].head_dim
+    return 2 + len(task_heads)
+
+
+@stage("measurements", outside_key=("scorer", "step", "heads", "previous"), room=_room)
 def measure(
     making: Making,
     runtime: Runtime,
@@ -57,6 +88,53 @@ def measure(
     pq.write_table(measured, making.folder / MEASURED, compression="zstd")
     making.samples = len(samples)
     making.tokens = sum(measured["n_tokens"].to_pylist())
+
+
+def check_room_for(
+    runtime: Runtime,
+    shards: Sequence[ShardRef],
+    passing: Sequence[str | None],
+    measured_with: Mapping[str, Any],
+) -> None:
+    """That what is not measured yet of all shards has room: before the first, not at the last.
+
+    Raises:
+        StorageError: it has not.
+    """
+    store = Store(Path(runtime.store))
+    recipe_of = measure.cache_policy.recipe_of
+    rows = 0
+    for shard, passed in zip(shards, passing, strict=True):
+        recipe = recipe_of({"shard": shard, "passing": passed, **measured_with})
+        if not (store.path(recipe.stage, recipe.key) / MANIFEST).exists():
+            rows += pq.ParquetFile(shard.file).metadata.num_rows
+    if rows:
+        needed = of_measurements(rows, _numbers_a_sample(**measured_with))
+        check_room(store.root, needed, f"measuring {rows:,} samples")
+
+
+@task(
+    name="measurements",
+    retries=2,
+    retry_delay_seconds=[1, 5],
+    retry_condition_fn=is_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def measure_together(
+    runtime: Runtime,
+    shards: list[ShardRef],
+    passing: list[str | None],
+    measured_with: Mapping[str, Any],
+) -> list[ArtifactRef]:
+    """`measure` for every shard in one task, for scorers that run no model: with a thousand shards
+    a task each would take longer than their work. The artifacts are the same."""
+    made: list[ArtifactRef] = []
+    with progress_of("measurements (shards)") as progress:
+        for shard, passed in zip(shards, passing, strict=True):
+            made.append(measure.fn(runtime, shard=shard, passing=passed, **measured_with))
+            progress(len(made), len(shards))
+    return made
 
 
 def scorer_step(scorer: Plugin, step: int) -> Step:

@@ -19,13 +19,14 @@ from p2d_core.selection.subset import SUBSET
 from p2d_core.store import ArtifactRef, Making
 from tasks.heads import head_map_in
 from tasks.progress import progress_of
+from tasks.room import of_model
 from tasks.samples import all_samples
 from tasks.stage import BaseModel, Plugin, Runtime, stage
 
 REFERENCE = "reference.json"
 
 
-@stage("model", version="2", outside_key=("heads", "arm"))
+@stage("model", version="2", outside_key=("heads", "arm"), room=of_model)
 def fine_tune(
     making: Making,
     runtime: Runtime,

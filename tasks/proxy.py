@@ -16,11 +16,12 @@ from p2d_core.models import CapturedModel, load_model
 from p2d_core.samples.tokens import EncodedSample
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
+from tasks.room import of_attention, of_heads
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Runtime, stage
 
 
-@stage("proxy", version="2")
+@stage("proxy", version="2", room=of_attention)
 def proxy_run(
     making: Making, runtime: Runtime, base: BaseModel, target: ArtifactRef, training: TrainingSpec
 ) -> None:
@@ -33,7 +34,7 @@ def proxy_run(
     attention_slices(model, layers).save(making.folder / SLICES)
 
 
-@stage("head_proxy", version="2")
+@stage("head_proxy", version="2", room=of_heads)
 def head_proxy_run(
     making: Making,
     runtime: Runtime,

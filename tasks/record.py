@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from p2d_core.errors import P2DError, TransientError
+from p2d_core.errors import ServiceError, TransientError
 from p2d_core.store import ArtifactRef
 from p2d_core.store.runs import keep_summary
 from tasks.pictures import draw_pictures
@@ -120,7 +120,7 @@ def record_run(
 
     Raises:
         TransientError: the disk or the database did not take it this time.
-        P2DError: MLflow cannot be reached or refuses.
+        ServiceError: MLflow cannot be reached or refuses.
     """
     refs = refs if refs is not None else _refs_of(summary)
     local = uri is None
@@ -142,12 +142,15 @@ def record_run(
                 client, experiment_id, summary, settings, refs, dict(tags or {}), scratch
             )
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            may_pass = isinstance(error, OSError | OperationalError)
-            raise (TransientError if may_pass else P2DError)(
+            # MLflow hides a locked database behind an exception of its own
+            causes = (error, error.__cause__, error.__context__)
+            may_pass = any(isinstance(each, OSError | OperationalError) for each in causes)
+            said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            raise (TransientError if may_pass else ServiceError)(
                 "the run is done and its artifacts are kept, but MLflow at "
-                f"{shown_uri(uri)} did not take its record: {shown_uri(str(error))}. When it can "
-                "be reached (tracking.uri), the same command records it without computing "
-                "anything again."
+                f"{shown_uri(uri)} did not take its record: {shown_uri(said)}. When it can "
+                "be reached and written (tracking.uri), the same command records it without "
+                "computing anything again."
             ) from error
     return {"tracking_uri": shown_uri(uri), "experiment": experiment, "run_id": run_id}
 
@@ -412,7 +415,8 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        # what goes wrong is raised, and told once
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

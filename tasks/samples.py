@@ -18,12 +18,13 @@ from p2d_core.samples.shards import read_shard, write_shards
 from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
+from tasks.room import of_corpus, of_source, of_target
 from tasks.stage import Runtime, ShardRef, SourceInput, stage
 
 PARTS = ("proxy", "held_out", "evaluation", "rest")
 
 
-@stage("samples")
+@stage("samples", room=of_source)
 def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
     """One source, as it is; rows that are no samples apart, as far as they may be left out."""
     rejected = RejectedRows(runtime.skip_bad_rows)
@@ -37,7 +38,7 @@ def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
     making.facts["shards"] = [asdict(shard) for shard in shards]
 
 
-@stage("samples")
+@stage("samples", room=of_target)
 def split_target(
     making: Making,
     runtime: Runtime,
@@ -63,7 +64,7 @@ def split_target(
     making.facts |= {part: len(getattr(split, part)) for part in PARTS}
 
 
-@stage("samples")
+@stage("samples", room=of_corpus)
 def assemble(
     making: Making,
     runtime: Runtime,

@@ -12,11 +12,12 @@ from p2d_core.affinity.scoring import SCORES, score_corpus
 from p2d_core.store import ArtifactRef, Making
 from tasks.measurements import head_map_of, model_for, scorer_step, target_of
 from tasks.progress import progress_of
+from tasks.room import of_scores
 from tasks.samples import shards_of
 from tasks.stage import BaseModel, Plugin, Runtime, stage
 
 
-@stage("scores", outside_key=("heads",))
+@stage("scores", outside_key=("heads",), room=of_scores)
 def score(
     making: Making,
     runtime: Runtime,

@@ -25,7 +25,9 @@ from p2d_core.samples.source import SourceSpec, content_hash
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.manifest import faults
+from p2d_core.store.room import check_room, storage_error
 from tasks.progress import progress_of
+from tasks.room import SMALL
 
 log = logging.getLogger(__name__)
 
@@ -233,12 +235,18 @@ def _is_ours(file: Path, expected: ArtifactRef) -> bool:
 
 
 def stage(
-    name: str, *, version: str = "1", outside_key: tuple[str, ...] = ()
+    name: str,
+    *,
+    version: str = "1",
+    outside_key: tuple[str, ...] = (),
+    room: Callable[..., int] = lambda **inputs: SMALL,
 ) -> Callable[[Callable[..., None]], Task[..., ArtifactRef]]:
     """Turns ``build(making, runtime, **inputs)`` into a Prefect task that returns an ArtifactRef.
 
     The recipe is made of all inputs but ``runtime`` and those named in ``outside_key``: artifacts
-    by their key, base models, sources and shards by their content, the rest by value.
+    by their key, base models, sources and shards by their content, the rest by value. ``room``
+    says of the inputs about how many bytes will be written; without so much free the stage does
+    not start.
     """
 
     def wrap(build: Callable[..., None]) -> Task[..., ArtifactRef]:
@@ -258,13 +266,19 @@ def stage(
             bound = run.__signature__.bind(*args, **kwargs)  # type: ignore[attr-defined]
             bound.apply_defaults()
             runtime: Runtime = bound.arguments["runtime"]
+            store = Store(Path(runtime.store))
 
             def make(making: Making) -> None:
+                check_room(store.root, room(**bound.arguments), f"the stage {name}")
                 build(making, **bound.arguments)
 
-            return Store(Path(runtime.store)).produce(
-                recipe_of(bound.arguments), make, run_id=runtime.run_id
-            )
+            try:
+                return store.produce(recipe_of(bound.arguments), make, run_id=runtime.run_id)
+            except Exception as error:
+                # to be tried again makes no room on a disk
+                if told := storage_error(error, store.root, f"the stage {name}"):
+                    raise told from error
+                raise
 
         parameters = [p for n, p in signature.parameters.items() if n != "making"]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -8,11 +8,12 @@ from p2d_core.affinity.scoring import SCORES
 from p2d_core.selection.subset import SelectionSpec, select_subset
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
+from tasks.room import of_subset
 from tasks.samples import shards_of
 from tasks.stage import Runtime, stage
 
 
-@stage("subset")
+@stage("subset", room=of_subset)
 def draw_subset(
     making: Making,
     runtime: Runtime,

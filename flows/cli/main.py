@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
 from flows.cli import adapt, artifacts, compare, config, demo, doctor, sql, ui
+from flows.services import leave
 from p2d_core.errors import InputError, P2DError
 
 HELP = """Adapts a language model to a domain: finds the attention heads that the domain moves,
@@ -60,12 +62,12 @@ def run() -> None:
     try:
         app()
     except P2DError as error:
-        sys.stdout.flush()
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _tell(error)
     except SystemExit as ending:
         if ending.code == INTERRUPTED:
             print(GO_ON, file=sys.stderr)
+        if ending.code in (0, None):
+            leave(0)
         raise
     except BrokenPipeError:
         # whoever read our output (head, less) has had enough
@@ -74,9 +76,20 @@ def run() -> None:
     except BaseException as error:
         # Ctrl-C reaches Prefect's server too, and what comes up here is then that it is gone
         if not _was_stopped(error):
-            raise
+            from p2d_core.store.room import storage_error
+
+            told = storage_error(error, Path.cwd(), "p2d")
+            if told is None:
+                raise
+            _tell(told)
         print(GO_ON, file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _tell(error: P2DError) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {_printable(str(error))}", file=sys.stderr)
+    leave(2 if isinstance(error, InputError) else 1)
 
 
 def _printable(text: str) -> str:

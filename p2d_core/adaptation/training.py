@@ -184,6 +184,7 @@ def train(
         log.info("training goes on from %s of %s", Path(last).name, scratch.name)
     trainer.train(resume_from_checkpoint=last)
     model.eval()
+    _check_weights(model)
     curve = [
         {key: float(entry[key]) for key in ("step", "epoch", "loss", "learning_rate")}
         for entry in trainer.state.log_history
@@ -209,6 +210,16 @@ def _try_to_load(checkpoint: Path) -> None:
     for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
         with safe_globals():  # type: ignore[no-untyped-call]
             torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_weights(model: nn.Module) -> None:
+    """The loss is logged every few steps, and before a step: the last update shows here alone."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(
+                f"after the last step {name} has values that are no numbers. "
+                "Lower the learning rate, or look for broken samples in the subset."
+            )
 
 
 def _last_checkpoint(scratch: Path) -> tuple[str | None, float]:

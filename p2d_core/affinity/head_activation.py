@@ -48,6 +48,7 @@ class HeadActivation:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ("depth",)
+    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.attention.capture import attention_paid
+from p2d_core.errors import SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -51,6 +52,7 @@ class IclAttention:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = True
     measured_by: ClassVar[tuple[str, ...]] = ("demonstrations", "draws", "seed")
+    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
 
@@ -74,6 +76,7 @@ class IclAttention:
         sequences: list[_Sequence] = []
         for sample in model.encode(shard):
             sequences += [self._sequence(sample, proxies, draw) for draw in range(self.draws)]
+        _check_positions(model, max(len(sequence.segments) for sequence in sequences))
         paid = torch.empty(len(sequences), len(heads))
 
         def of(positions: list[int]) -> Tensor:
@@ -130,6 +133,16 @@ class _Proxy:
 class _Sequence:
     tokens: EncodedSample
     segments: list[int]
+
+
+def _check_positions(model: CapturedModel, longest: int) -> None:
+    """Beyond its positions a model fails, or looks at what it has never seen."""
+    most = getattr(model.model.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise SettingsError(
+            f"icl-attention puts {longest} tokens side by side, the model's positions reach "
+            f"{most}. Lower format.max_tokens, or `demonstrations` in scoring.options."
+        )
 
 
 def _proxies(state: ScorerState) -> list[_Proxy]:

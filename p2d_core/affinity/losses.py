@@ -32,6 +32,7 @@ class HeadProxyLoss:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
+    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
 
@@ -68,6 +69,7 @@ class LossShift:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
+    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
 

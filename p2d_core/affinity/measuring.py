@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from p2d_core.affinity.protocol import Scorer, ScorerState
+from p2d_core.errors import NumericalError
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
 
@@ -21,7 +23,11 @@ SAMPLE_COLUMNS = ("source", "prompt", "response")
 def measure_shard(
     scorer: Scorer, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
 ) -> pa.Table:
-    """What the scorer measures, with ``sample_id`` and token counts; a row a sample, in order."""
+    """What the scorer measures, with ``sample_id`` and token counts; a row a sample, in order.
+
+    Raises:
+        NumericalError: a measured value is no number.
+    """
     encoded = model.encode(shard)
     columns = {
         "sample_id": pa.array([sample.sample_id for sample in shard], pa.string()),
@@ -30,7 +36,26 @@ def measure_shard(
     }
     if shard:
         columns |= scorer.measure(model, state, shard)
-    return pa.table(columns)
+    return _checked(pa.table(columns))
+
+
+def _checked(measured: pa.Table) -> pa.Table:
+    """One number that is none would make the mean and covariance of the whole corpus none."""
+    for name in measured.column_names:
+        column = measured[name].combine_chunks()
+        is_list = pa.types.is_fixed_size_list(column.type)
+        width = column.type.list_size if is_list else 1
+        values = column.flatten() if is_list else column
+        if not pa.types.is_floating(values.type):
+            continue
+        bad = np.flatnonzero(~np.isfinite(values.to_numpy(zero_copy_only=False)))
+        if len(bad):
+            sample_id = measured["sample_id"][int(bad[0]) // width].as_py()
+            raise NumericalError(
+                f"{name} of sample {sample_id[:12]} has values that are no numbers. Look at that "
+                "sample and at the weights of the model, or use precision: float32."
+            )
+    return measured
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class Scorer(Protocol):
         ...
 
     @property
+    def runs_model(self) -> bool:
+        """Does measure() run the model? False: it measures nothing."""
+        ...
+
+    @property
     def needs_heads(self) -> bool:
         """Does it look at the task heads? False: it is given none."""
         ...

@@ -25,6 +25,7 @@ class RandomScorer:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
+    runs_model: ClassVar[bool] = False
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = False
 

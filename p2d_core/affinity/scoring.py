@@ -15,7 +15,7 @@ import torch
 
 from p2d_core.affinity.measuring import MeasuredCorpus
 from p2d_core.affinity.protocol import Fitted, Gauged, ScorerState, Step
-from p2d_core.errors import P2DError
+from p2d_core.errors import NumericalError
 
 SCORES = "scores.parquet"
 KEPT = ("sample_id", "source", "n_tokens", "n_response_tokens")
@@ -59,7 +59,9 @@ def gate_of(step: Step, state: ScorerState, measured: MeasuredCorpus) -> Gate | 
     own = step.scorer.own_affinity(state, measured).double()
     own = own[torch.isfinite(own)]
     if not len(own):
-        raise P2DError(f"the target's own {step.name} affinities are not numbers: no gate is set.")
+        raise NumericalError(
+            f"the target's own {step.name} affinities are not numbers: no gate is set."
+        )
     spread = float(own.std(correction=0))
     return Gate(
         name=step.name,
@@ -86,7 +88,16 @@ def score_corpus(
 
     Args:
         previous: the scores of the step before, of which this one measured what passed.
+
+    Raises:
+        NumericalError: what the target gave, or an affinity, is no number.
     """
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericalError(
+                f"step {step.name!r}: what the target's own samples gave ({name}) has values that "
+                "are no numbers. Look at the weights of the model, or use precision: float32."
+            )
     if isinstance(step.scorer, Fitted):
         state = step.scorer.fit(state, measured)
     gate = gate_of(step, state, measured)
@@ -128,7 +139,7 @@ def _checked(affinity: pa.Array, step: Step, table: pa.Table) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         sample_id = table["sample_id"][int(bad[0])].as_py()
-        raise P2DError(
+        raise NumericalError(
             f"step {step.name!r} gave {len(bad)} affinities that are not numbers, the first for "
             f"sample {sample_id[:12]}. Look at that sample, or use precision: float32."
         )

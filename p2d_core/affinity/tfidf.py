@@ -36,6 +36,7 @@ class Tfidf:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
+    runs_model: ClassVar[bool] = False
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = False
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from p2d_core.models import checked_losses
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import EncodedSample, Encoder, batches_by_tokens, collate
@@ -51,6 +52,9 @@ def evaluate(
 
     Exact match: share of samples whose greedy answer equals the response, white space apart, or,
     with ``answer_pattern``, whose last match equals the response's.
+
+    Raises:
+        NumericalError: a loss is no number.
     """
     encoded = list(encoder.encode_all(samples))
     losses = torch.empty(len(encoded), dtype=torch.float64)
@@ -62,6 +66,7 @@ def evaluate(
         measured += len(positions)
         if progress is not None:
             progress(measured, len(encoded))
+    checked_losses(losses, encoded)
     columns: dict[str, Any] = {
         "sample_id": [sample.sample_id for sample in samples],
         "loss": losses.numpy(),

@@ -1,29 +1,58 @@
-"""A small adaptation on the demo's world, run for real in this process."""
+"""A small `p2d adapt`, as a command of its own process, whose surroundings a test can spoil."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flows.adapt import run_adapt
 from flows.settings import parse_settings
+from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 from tasks.summary import Summary
 
+P2D = Path(sys.executable).with_name("p2d")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    text: str
+    """What it wrote to standard error and output."""
+
+    def check_told(self) -> str:
+        """Failed as promised: exit code 1, one error that names a next step, no traceback."""
+        assert self.code == 1, (self.code, self.text[-3000:])
+        assert "Traceback" not in self.text, self.text[-6000:]
+        (told,) = [line for line in self.text.splitlines() if line.startswith("error: ")]
+        assert "the same command" in told, told
+        return told
+
 
 class SmallJob:
-    """Seconds: few samples, no loss to speak of, no arms beside P2D."""
+    """Files and settings of one run, in a folder; the store beside them or elsewhere."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.store = folder / "artifacts"
         write_world(folder / "whole", seed=3)
         for name, rows in {
-            "target.jsonl": 40, "evaluation.jsonl": 6, "corpus/ledgers.jsonl": 60,
-            "corpus/drills.jsonl": 60,
+            "target.jsonl": 60, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 200,
+            "corpus/drills.jsonl": 200,
         }.items():  # fmt: skip
             lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("".join(lines[:rows]))
         self.values: dict[str, Any] = {
+            "name": "small",
             "base": str(BASE_FOLDER),
             "target": {"path": "target.jsonl"},
             "corpus": {
@@ -31,16 +60,52 @@ class SmallJob:
                 "include_target": False,
             },
             "evaluation": {"source": {"path": "evaluation.jsonl"}},
-            "proxy": {"samples": 10, "held_out": 10, "epochs": 1},
+            "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
             "heads": {"ranker": "frobenius", "proxy_epochs": 1},
-            "scoring": {"scorer": "tfidf"},
             "training": {"epochs": 1},
             "arms": {"random": False, "full": "calibrated", "calibration_steps": 4},
         }
+        self.file = folder / "run.yaml"
+        self.file.write_text(yaml.safe_dump(self.values))
 
-    def run(self, head_map: str | None = None, **changes: Any) -> Summary:
-        values = dict(self.values)
-        for key, value in changes.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        settings = parse_settings(values, self.folder / "run.yaml")
-        return run_adapt(settings, store=self.store, head_map=head_map)
+    def here(self, store: Path, **changes: Any) -> Summary:
+        """The same in this process, with the server that all tests share."""
+        return run_adapt(parse_settings(self.values | changes, self.file), store=store)
+
+    def start(
+        self,
+        store: Path,
+        *,
+        wrapped_in: Sequence[str] = (),
+        before: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> subprocess.Popen[str]:
+        """`p2d adapt` in a process; ``before`` runs in it first."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+        return subprocess.Popen(
+            [*wrapped_in, str(P2D), "adapt", str(self.file), "--store", str(store)],
+            cwd=self.folder, env=kept | environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, preexec_fn=before,
+        )  # fmt: skip
+
+    def run(self, store: Path, timeout: float = 280, **how: Any) -> Ended:
+        """The same, to its end."""
+        process = self.start(store, **how)
+        try:
+            text, _ = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return Ended(process.returncode, text)
+
+
+def content_of(store: Path) -> dict[str, dict[str, str]]:
+    """What a run's artifacts hold: file -> hash, by artifact. Pictures and costs may differ."""
+    return {
+        f"{ref.stage}/{ref.key}": {
+            name: entry["sha256"]
+            for name, entry in ref.manifest.files.items()
+            if name.endswith((".parquet", ".safetensors"))
+        }
+        for ref in Store(store).refs()
+        if ref.stage != "reference"
+    }

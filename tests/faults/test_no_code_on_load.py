@@ -36,7 +36,7 @@ from tasks.samples import read_source
 from tasks.stage import Runtime, SourceInput
 from tests.demo_run import P2D
 from tests.faults.bad_inputs import Job
-from tests.faults.small_job import SmallJob
+from tests.faults.quick_job import SmallJob
 from tests.faults.trials import trials
 from tests.small_store import fill, samples
 from tests.tiny import tiny_llama

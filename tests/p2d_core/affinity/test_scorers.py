@@ -21,7 +21,8 @@ from tests.tiny import tiny_llama
 from tests.tiny_tokenizer import tiny_word_level
 
 WORDS = [f"w{i}" for i in range(40)]
-SINGLE = ["head-activation", "head-proxy-loss", "loss-shift", "icl-attention", "random", "tfidf"]
+RUNNING_A_MODEL = ["head-activation", "head-proxy-loss", "loss-shift", "icl-attention"]
+SINGLE = [*RUNNING_A_MODEL, "length", "random", "tfidf"]
 
 
 def samples(n: int, seed: int = 0) -> list[Sample]:
@@ -214,6 +215,25 @@ def test_tfidf_prefers_words_in_common(model, heads):
     (got,) = scorer.affinity(state, [table])
     assert got[0].as_py() == pytest.approx(1)
     assert got[1].as_py() == 0
+
+
+def test_length_is_the_number_of_response_tokens_with_the_end(model, heads):
+    """Responses of two words, of one word and of seven, each with its end of sequence."""
+    texts = [("w1 w2", "w3 w4"), ("w1 w2 w3 w4", "w5"), ("w1", "w2 w3 w4 w5 w6 w7 w8")]
+    shard = [Sample(sample_id_of(*text), "s", *text, row) for row, text in enumerate(texts)]
+    assert affinities("length", model, heads, [shard]).tolist() == [3, 2, 8]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_scorer_says_whether_it_runs_a_model(name, model, heads, tmp_path):
+    """One that says no counts the tokens of a folder that holds a tokenizer and no weights."""
+    assert scorers.get(name).runs_model == (name in RUNNING_A_MODEL)
+    if scorers.get(name).runs_model:
+        return
+    model.tokenizer.save_pretrained(tmp_path)
+    without_weights = CapturedModel(tmp_path)
+    measured = measure_shard(scorers.make(name, {}), without_weights, {}, samples(3))
+    assert measured.column_names == ["sample_id", "n_tokens", "n_response_tokens"]
 
 
 def test_random_depends_on_id_and_seed_alone(model, heads):

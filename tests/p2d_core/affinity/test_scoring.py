@@ -24,6 +24,7 @@ class Given:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = False
 
