@@ -381,7 +381,7 @@ def load_model(folder: Path, precision: str, device: torch.device) -> Any:
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
     return model.to(device).eval()
 

@@ -101,7 +101,7 @@ def test_there_are_a_thousand_of_them():
     assert len(CORPUS) >= 1000
 
 
-@pytest.mark.parametrize("bad", trials(CORPUS, quick=150), ids=str)
+@pytest.mark.parametrize("bad", trials(CORPUS, quick=120), ids=str)
 def test_a_bad_input_is_refused(bad: Bad, tmp_path, monkeypatch, capfd):
     job = Job(tmp_path)
     bad.breaks(job, random.Random(bad.name))
@@ -357,7 +357,7 @@ def test_conditions_that_are_taken(condition: str, canonical: str | None, tmp_pa
 
 
 @given(st.text(max_size=60) | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_condition_is_refused_or_answers_yes_or_no(condition: str):
     try:
         where = checked_condition(condition)

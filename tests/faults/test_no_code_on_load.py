@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,7 @@ def loads(text: str, **_: Any) -> Any:
     return {}
 
 
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("name", trials(RESULTS, quick=2))
 def test_a_planted_result_of_prefect_runs_no_code(name: str, tmp_path, mark, caplog):
     from prefect import flow
 
@@ -372,7 +373,7 @@ TAGS = [
 ]
 
 
-@pytest.mark.parametrize("place", ["base: {}", "{}: 1", "target: {{path: {}}}", "- {}"])
+@pytest.mark.parametrize("place", ["base: {}", "{}: 1", "target: {{path: {} }}", "- {}"])
 @pytest.mark.parametrize("tag", TAGS)
 def test_yaml_runs_no_code(tag: str, place: str, tmp_path, mark):
     file = tmp_path / "run.yaml"
@@ -411,10 +412,8 @@ def test_mlflow_would_run_the_code_of_such_a_model(tmp_path, mark, monkeypatch):
         "flavors:\n  python_function:\n    loader_module: mlflow.pyfunc.model\n"
         "    python_model: python_model.pkl\n"
     )
-    try:
+    with suppress(Exception):
         mlflow.pyfunc.load_model(str(tmp_path))
-    except Exception:
-        pytest.skip("this release of MLflow refuses it") if not mark.exists() else None
     assert mark.exists()
 
 

@@ -264,7 +264,7 @@ def test_no_function_of_duckdb_is_asked_for_that_nobody_has_looked_at(store: Sto
         for (name,) in found:
             if name not in TABLE_FUNCTIONS:
                 with pytest.raises(InputError):
-                    reader.run(f'SELECT * FROM "{name}"()')  # noqa: S608
+                    reader.run(f'FROM "{name}"()')
         for name in NOT_ASKED:
             with pytest.raises(InputError, match="cannot be asked for"):
                 reader.run(f"SELECT {name}('a')")
@@ -303,7 +303,7 @@ def test_what_people_ask_is_answered(sql: str, store: Store):
 ENDLESS = {
     "a count without end": "SELECT count(*) FROM range(1000000000000)",
     "a product": "SELECT count(*) FROM range(1000000) a, range(1000000) b",
-    "recursion": "WITH RECURSIVE t AS (SELECT 1 x UNION ALL SELECT x+1 FROM t) FROM t",
+    "recursion": "WITH RECURSIVE t AS (SELECT 1 x UNION ALL SELECT x + 1 FROM t) FROM t",
     "rows without end": "SELECT * FROM range(100000000000)",
     "one call that heeds nothing": (
         "SELECT levenshtein(repeat('a', 200000), repeat('b', 200000) || max(source)) FROM scores"
@@ -318,7 +318,7 @@ GREEDY = {
     "an aggregate": "SELECT list(range) FROM range(1000000000)",
     "a sort beyond the disk": "SELECT * FROM range(2000000000) ORDER BY hash(range)",
     "a group for each row": "SELECT range, count(*) FROM range(2000000000) GROUP BY 1",
-    "a table held": "WITH t AS MATERIALIZED (FROM range(5000000000)) SELECT sum(t.range) FROM t, t",
+    "a table held": "WITH t AS MATERIALIZED (FROM range(5000000000)) SELECT 1 FROM t, t u",
 }
 
 

@@ -154,8 +154,7 @@ def test_a_database_that_is_there_is_left_alone(store):
     before = (store.root / "mlflow" / "mlflow.db").stat().st_mtime_ns
     prepare_tracking(store.root)
     assert (store.root / "mlflow" / "mlflow.db").stat().st_mtime_ns == before
-    left = {file for file in os.listdir(store.root / "mlflow") if file.startswith(".")}
-    assert left <= {".lock"}
+    assert [f for f in os.listdir(store.root / "mlflow") if f.startswith(".")] == []
 
 
 def test_settings_become_one_level_of_keys():
