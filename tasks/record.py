@@ -58,8 +58,10 @@ def prepare_tracking(store: Path) -> None:
     """
     folder = store.resolve() / "mlflow"
     database = folder / "mlflow.db"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    locks = store.resolve() / ".locks"
+    for needed in (folder, locks):
+        needed.mkdir(parents=True, exist_ok=True)
+    with (locks / "mlflow").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # whoever drew these up held the lock, and was killed
         for file in folder.glob(".mlflow-*"):
