@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,6 +14,7 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.aer import Reference
 from p2d_core.evaluation.evaluate import HIGHER_IS_BETTER
+from p2d_core.samples.rejected import REJECTED
 from p2d_core.selection.subset import SUBSET
 from p2d_core.store import ArtifactRef
 from tasks.heads import PICTURE
@@ -21,6 +22,7 @@ from tasks.summary import (
     AERSummary,
     HeadsSummary,
     QualitySummary,
+    RejectedSummary,
     SelectionSummary,
     Summary,
     TrainableSummary,
@@ -31,6 +33,7 @@ def make_summary(
     settings: RunSettings,
     ledger: Ledger,
     reference: Reference,
+    sources: Sequence[ArtifactRef],
     corpus: ArtifactRef,
     heads: ArtifactRef,
     subset: ArtifactRef,
@@ -56,6 +59,7 @@ def make_summary(
         target=settings.target.name,
         heads=_heads(heads),
         selection=_selection(settings, corpus, subset),
+        rejected=_rejected(sources),
         trainable=TrainableSummary(
             parameters=facts["trainable"],
             share_of_model=facts["share_of_model"],
@@ -87,6 +91,19 @@ def _heads(heads: ArtifactRef) -> HeadsSummary:
         ranker=facts["ranker"],
         picture=os.path.relpath(heads.path / PICTURE),
     )
+
+
+def _rejected(sources: Sequence[ArtifactRef]) -> list[RejectedSummary]:
+    """Of each source that had some; one file may be read for two purposes."""
+    found = {}
+    for source in sources:
+        facts = source.manifest.facts
+        if facts.get("rejected"):
+            file = os.path.relpath(source.path / REJECTED)
+            found[source.key] = RejectedSummary(
+                source=facts["source"], rows=facts["rejected"], file=file
+            )
+    return list(found.values())
 
 
 def _selection(settings: RunSettings, corpus: ArtifactRef, subset: ArtifactRef) -> SelectionSummary:

@@ -280,6 +280,7 @@ def _metrics(summary: Summary, curves: Mapping[str, list[dict[str, float]]]) -> 
         "heads/total": summary.heads.total,
         "selection/selected": selection.selected,
         "selection/corpus": selection.corpus,
+        "samples/rejected": sum(one.rows for one in summary.rejected),
         "seconds": summary.seconds,
     }
     numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
@@ -371,6 +372,9 @@ def as_markdown(summary: Summary) -> str:
         "|---|---|---|",
         *sources,
     ]
+    if summary.rejected:
+        lines.append("")
+        lines += [f"- {one.rows:,} rows of {one.source} left out" for one in summary.rejected]
     if selection.notes:
         lines += ["", *(f"- {note}" for note in selection.notes)]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from p2d_core.errors import DataError
 from p2d_core.progress import counted
-from p2d_core.samples.read import read_samples
+from p2d_core.samples.read import BadRow, read_samples
+from p2d_core.samples.rejected import REJECTED, RejectedRows, too_many
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard, write_shards
 from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
@@ -24,11 +25,15 @@ PARTS = ("proxy", "held_out", "evaluation", "rest")
 
 @stage("samples")
 def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
-    """One source, as it is."""
+    """One source, as it is; rows that are no samples apart, as far as they may be left out."""
+    rejected = RejectedRows(runtime.skip_bad_rows)
     with progress_of(f"reading {source.spec.name} (rows)") as progress:
-        shards = write_shards(read_samples(source.spec, progress=progress), making.folder)
+        samples = read_samples(source.spec, on_bad_row=rejected, progress=progress)
+        shards = write_shards(samples, making.folder)
+    rejected.write(making.folder)
     making.samples = sum(shard.rows for shard in shards)
     making.facts["source"] = source.spec.name
+    making.facts["rejected"] = len(rejected.rows)
     making.facts["shards"] = [asdict(shard) for shard in shards]
 
 
@@ -100,6 +105,31 @@ def assemble(
         "duplicates": counts.duplicates,
         "excluded": counts.excluded,
     }
+
+
+def refuse_too_many_rejected(sources: Iterable[ArtifactRef], most: int) -> None:
+    """That all sources together have no more rejected rows than may be left out.
+
+    Each alone was held to that when it was read; one that is reused may have been read under
+    another limit.
+
+    Raises:
+        DataError: names the first of them.
+    """
+    rows = [row for source in sources for row in rejected_rows(source)]
+    if len(rows) > most:
+        raise DataError(too_many(rows, most))
+
+
+def rejected_rows(source: ArtifactRef) -> list[BadRow]:
+    """The rows of a source that were no samples."""
+    file = source.path / REJECTED
+    if not source.manifest.facts.get("rejected"):
+        return []
+    return [
+        BadRow(row["source"], row["row"], row["place"], row["reason"])
+        for row in pq.read_table(file).to_pylist()
+    ]
 
 
 def all_samples(ref: ArtifactRef) -> Iterator[Sample]:

@@ -32,6 +32,15 @@ class HeadsSummary(BaseModel):
     """Path of heads.png."""
 
 
+class RejectedSummary(BaseModel):
+    """Rows of a source that were no samples and were left out."""
+
+    source: str
+    rows: int
+    file: str
+    """Path of rejected.parquet, with the reason for each."""
+
+
 class SelectionSummary(BaseModel):
     """Which samples were chosen."""
 
@@ -98,6 +107,7 @@ class Summary(BaseModel):
     target: str = ""
     heads: HeadsSummary
     selection: SelectionSummary
+    rejected: list[RejectedSummary] = []
     trainable: TrainableSummary
     quality: QualitySummary
     aer: AERSummary

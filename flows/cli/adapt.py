@@ -31,6 +31,15 @@ def adapt(
             help="Take this head map, such as artifacts/heads/<key>: no proxy run, no ranking.",
         ),
     ] = None,
+    skip_bad_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Leave out up to N rows that are no samples; the samples artifact keeps which, "
+            "and why.",
+        ),
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     verbose: VerboseOption = False,
 ) -> None:
@@ -44,6 +53,8 @@ def adapt(
     from flows.settings import load_settings
 
     settings = load_settings(file)
+    if skip_bad_rows is not None:
+        settings = settings.model_copy(update={"skip_bad_rows": skip_bad_rows})
     if head_map is not None:
         head_map = str(artifact(existing_store(store), head_map, "heads").path)
     from flows.environment import prepare_environment

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.progress import duration
-from tasks.summary import QualitySummary, SelectionSummary, Summary
+from tasks.summary import QualitySummary, RejectedSummary, SelectionSummary, Summary
 
 WIDEST = 100
 ARM_NAMES = {
@@ -39,6 +39,7 @@ def show_summary(summary: Summary, head_map_text: Text | None, console: Console)
     _stages(summary, console)
     _heads(summary, head_map_text, console)
     _selection(summary.selection, console)
+    _rejected(summary.rejected, console)
     _quality(summary, console)
     _aer(summary, console)
     _next(summary, console)
@@ -151,6 +152,15 @@ def _selection(selection: SelectionSummary, console: Console) -> None:
         console.print(Padding(table, (0, 0, 0, 2)))
     for note in selection.notes:
         _say(console, f"note: {note}", style="yellow")
+
+
+def _rejected(rejected: list[RejectedSummary], console: Console) -> None:
+    if not rejected:
+        return
+    _title(console, "Rows left out")
+    for one in rejected:
+        _say(console, f"{one.rows:,} rows of {one.source} are no samples; why, in", style="yellow")
+        console.print(Text(f"  {one.file}", "dim"), soft_wrap=True)
 
 
 def _quality(summary: Summary, console: Console) -> None:

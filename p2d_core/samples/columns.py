@@ -195,18 +195,18 @@ class ColumnMap:
         return text.encode(errors="replace").decode()
 
 
-def column_map(columns: Collection[str], source: SourceSpec, place: str) -> ColumnMap:
+def column_map(columns: Collection[str], source: SourceSpec) -> ColumnMap:
     """What the source asks for, or what its columns are recognised as.
 
     Args:
         columns: of the file's first row.
-        place: of that row, for the error.
 
     Raises:
-        DataError: a column that was asked for is not there, or none is recognised.
+        RowProblem: a column that was asked for is not there, or none is recognised.
+        DataError: what was asked for is neither a column nor a template.
     """
-    prompt = _asked_for("prompt", source.prompt, columns, source, place)
-    response = _asked_for("response", source.response, columns, source, place)
+    prompt = _asked_for("prompt", source.prompt, columns, source)
+    response = _asked_for("response", source.response, columns, source)
     if prompt is not None and response is not None:
         return ColumnMap(prompt, response)
     found = {name.lower(): name for name in reversed(list(columns))}
@@ -219,8 +219,8 @@ def column_map(columns: Collection[str], source: SourceSpec, place: str) -> Colu
             prompt or _recognised_prompt(found, known_prompt),
             response or Column(found[known_response]),
         )
-    raise DataError(
-        f"{place}: no columns are recognised as prompt and response. "
+    raise RowProblem(
+        f"no columns are recognised as prompt and response. "
         f"Columns found: {listed(columns)}. Name them in the settings with `prompt:` "
         f"and `response:` of source {source.name!r}; each is a column's name or a template such as "
         '"{title}\\n\\n{body}".'
@@ -234,7 +234,7 @@ def _recognised_prompt(found: Mapping[str, str], known: str) -> Text:
 
 
 def _asked_for(
-    role: str, asked: str | None, columns: Collection[str], source: SourceSpec, place: str
+    role: str, asked: str | None, columns: Collection[str], source: SourceSpec
 ) -> Text | None:
     if asked is None:
         return None
@@ -242,10 +242,10 @@ def _asked_for(
     for column in text.columns:
         if column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
-            raise DataError(
-                f"{place}: there is no column {column!r}, which `{role}:` of source "
+            raise RowProblem(
+                f"there is no column {column!r}, which `{role}:` of source "
                 f"{source.name!r} names. Columns found: {listed(columns)}."
-                + (f" Did you mean {near[0]!r}?" if near else "")
+                + (f" Did you mean {near[0]!r}?" if near else " Name one of them.")
             )
     return text
 
@@ -261,8 +261,8 @@ def _parsed(role: str, template: str, source: SourceSpec) -> Template:
     for _, column, format_spec, conversion in pieces:
         if column is not None and (not column or format_spec or conversion):
             raise DataError(
-                f"`{role}:` of source {source.name!r}: {template!r} may hold names of columns in "
-                "braces and nothing else in them, such as {instruction}."
+                f"`{role}:` of source {source.name!r}: {template!r} is no template. Write "
+                "names of columns in braces and nothing else in them, such as {instruction}."
             )
     return Template(tuple((literal, column) for literal, column, _, _ in pieces))
 

@@ -45,7 +45,8 @@ def read_samples(
 
     Args:
         on_bad_row: is told of a row that is no sample, which is then left out; without it the
-            first such row is an error. What makes a whole file unreadable always is.
+            first such row is an error. What makes a whole file unreadable always is, and so is a
+            source without a single sample.
         progress: is told of rows, and of how many there will be by the share of the files' bytes
             that is read; of a hub dataset that is not known.
 
@@ -99,7 +100,7 @@ def _samples(
     read: _FilesRead | None = None,
 ) -> Iterator[Sample]:
     stop = None if source.limit is None else source.skip + source.limit
-    n_rows = 0
+    n_rows = n_samples = 0
     for number, (mapping, row) in enumerate(islice(_mapped(source, files), stop)):
         n_rows = number + 1
         if n_rows % EVERY == 0:
@@ -117,6 +118,7 @@ def _samples(
             except RowProblem as error:
                 problem = str(error)
             else:
+                n_samples += 1
                 yield Sample(
                     sample_id=sample_id_of(prompt, response),
                     source=source.name,
@@ -135,16 +137,25 @@ def _samples(
             f"source {source.name!r}: skip is {source.skip}, but {source.path} has {n_rows} rows. "
             "Set a smaller `skip:`."
         )
+    if not n_samples:
+        raise DataError(
+            f"source {source.name!r}: none of the {n_rows - source.skip} rows read of "
+            f"{source.path} is a sample, the last one because {problem} "
+            "Name its columns with `prompt:` and `response:`, or give another file."
+        )
 
 
 def _mapped(
     source: SourceSpec, files: Iterable[Iterator[Row | BrokenRow]]
 ) -> Iterator[tuple[ColumnMap | None, Row | BrokenRow]]:
-    """Every row with its file's column map, which the file's first readable row decides."""
+    """Every row with its file's column map, which the first row with the right columns decides."""
     for rows in files:
         mapping: ColumnMap | None = None
         for row in rows:
             if mapping is None and isinstance(row, Row):
-                mapping = column_map(list(row.columns), source, row.place)
-                log.debug("%s: %s", row.place, mapping)
+                try:
+                    mapping = column_map(list(row.columns), source)
+                    log.debug("%s: %s", row.place, mapping)
+                except RowProblem as problem:
+                    row = BrokenRow(row.place, str(problem))
             yield mapping, row

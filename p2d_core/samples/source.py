@@ -112,7 +112,7 @@ def _found(source: SourceSpec, path: Path) -> list[DataFile]:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         found = [each for each in found if each.is_file()]
         if not found:
-            raise DataError(f"source {source.name!r}: no file matches {source.path}.")
+            raise DataError(f"source {source.name!r}: no file matches {source.path}. Mend it.")
         return [_data_file(each, source) for each in found]
     raise DataError(f"source {source.name!r}: there is no {source.path}. {_near_names(path)}")
 
@@ -146,7 +146,7 @@ def not_permitted(path: Path) -> DataError:
 
 def _data_file(path: Path, source: SourceSpec) -> DataFile:
     if not path.is_file():
-        raise DataError(f"source {source.name!r}: {path} is not a plain file.")
+        raise DataError(f"source {source.name!r}: {path} is not a plain file. Give one.")
     known = source.format or FORMAT_OF_SUFFIX.get(path.suffix.lower())
     if known is None:
         cure = (
