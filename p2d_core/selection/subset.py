@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from p2d_core.errors import InputError, SettingsError
 from p2d_core.progress import Progress, no_progress
+from p2d_core.selection.where import COLUMNS, checked_condition
 
 SUBSET = "subset.parquet"
 LENGTH_BINS = 5
@@ -46,6 +47,9 @@ class SelectionSpec:
     """(source, share of the subset) of sources that get no more and no less; the others get the
     rest by affinity. Replay is apart."""
     seed: int = 0
+    where: str | None = None
+    """SQL condition over the scores' columns, see `where.checked_condition`; only samples that meet
+    it are candidates. Those drawn at random are from the whole corpus all the same."""
     at_random: bool = False
     """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
 
@@ -75,8 +79,11 @@ class Subset:
     query: str = ""
 
 
+CORPUS = "read_parquet($scores)"
+"""All candidates, for a FROM."""
+
 COUNTS = """
-SELECT source, gates_passed, count(*) FROM read_parquet($scores) GROUP BY source, gates_passed
+SELECT source, gates_passed, count(*) FROM {candidates} GROUP BY source, gates_passed
 """
 
 # The pool: whatever passed every gate; if that is too little, what passed the gates up to the
@@ -86,7 +93,7 @@ POOL = """
 -- above a threshold, less the last few at it
 CREATE TEMP TABLE pool AS
 SELECT sample_id, source, affinity, gates_passed, n_response_tokens, {part} AS part
-FROM read_parquet($scores)
+FROM {candidates}
 WHERE {inside}
 """
 
@@ -123,7 +130,7 @@ WHERE turn <= $wanted[part + 1]
 # Other sources: those that gave less to the chosen than their share of the corpus.
 REPLAY = """
 INSERT INTO chosen
-SELECT sample_id, source, affinity, 'replay' FROM read_parquet($scores)
+SELECT sample_id, source, affinity, 'replay' FROM {candidates}
 WHERE list_contains($sources, source) AND sample_id NOT IN (SELECT sample_id FROM pool)
 ORDER BY md5($seed || ':' || sample_id)
 LIMIT $wanted
@@ -131,7 +138,7 @@ LIMIT $wanted
 
 FILL = """
 INSERT INTO chosen
-SELECT sample_id, source, affinity, 'affinity' FROM read_parquet($scores)
+SELECT sample_id, source, affinity, 'affinity' FROM {candidates}
 WHERE sample_id NOT IN (SELECT sample_id FROM chosen)
 ORDER BY gates_passed DESC, affinity DESC, sample_id
 LIMIT $missing
@@ -192,7 +199,8 @@ def select_subset(
         progress: is told of about how many percent of the queries are done.
 
     Raises:
-        InputError: the corpus has no samples, or a quota is of a source that it does not have.
+        InputError: the corpus has no samples, none of them meets ``where``, or a quota is of a
+            source that it does not have.
     """
     with duckdb.connect(
         config={"memory_limit": MEMORY, "temp_directory": str(folder / SPILL)}
@@ -221,20 +229,26 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
         InputError: as `select_subset`.
     """
     gates = int((pq.read_schema(scores).metadata or {}).get(b"gates", b"0"))
-    counts = run.connection.execute(COUNTS, {"scores": str(scores)}).fetchall()
-    by_source: dict[str, dict[int, int]] = {}
-    for source, level, count in counts:
-        by_source.setdefault(source, {})[level] = count
-    corpus_by_source = {source: sum(by_source[source].values()) for source in sorted(by_source)}
+    whole = _counted(run, scores, CORPUS)
+    corpus_by_source = {source: sum(whole[source].values()) for source in sorted(whole)}
     total = sum(corpus_by_source.values())
     if not total:
         raise InputError("the corpus has no samples to choose from. Add some to corpus.sources.")
+    notes: list[str] = []
     budget = max(1, round(spec.fraction * total))
+    candidates, by_source = CORPUS, whole
+    if spec.where is not None:
+        meeting = _meeting(scores, spec.where)
+        by_source = _counted(run, scores, meeting)
+        budget = _within(by_source, budget, total, spec.where, notes)
+        if spec.at_random:
+            by_source = whole
+        else:
+            candidates = meeting
     replay = 0 if spec.at_random else min(round(spec.replay * budget), budget - 1)
     wanted = budget - replay
-    notes: list[str] = []
     parts = _parts(by_source, wanted, gates, spec, notes)
-    _fill_pool(run, scores, parts)
+    _fill_pool(run, scores, candidates, parts)
     if all(part.pooled <= part.wanted for part in parts):
         run(ALL)
     else:
@@ -248,21 +262,23 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
     replayed = 0
     if replay:
         chosen = _by_source(run.connection)
+        size = sum(sum(levels.values()) for levels in by_source.values())
         # what was meant for other sources: those that gave less than their share of the corpus
         behind = [
             source
-            for source, count in corpus_by_source.items()
-            if chosen.get(source, 0) / max(1, sum(chosen.values())) < count / total
+            for source, levels in by_source.items()
+            if chosen.get(source, 0) / max(1, sum(chosen.values())) < sum(levels.values()) / size
         ]
         values = {"sources": behind, "seed": str(spec.seed), "wanted": replay}
-        run(REPLAY, scores=str(scores), **values)
+        run(REPLAY.format(candidates=candidates), scores=str(scores), **values)
         replayed = sum(_by_source(run.connection).values()) - sum(chosen.values())
         if replayed < replay:
             notes.append(
                 f"replay: {replay} samples were wanted, other sources have {replayed}; "
                 "the rest is by affinity"
             )
-            run(FILL, scores=str(scores), missing=replay - replayed)
+            missing = replay - replayed
+            run(FILL.format(candidates=candidates), scores=str(scores), missing=missing)
     chosen = _by_source(run.connection)
     return Subset(
         rows=sum(chosen.values()),
@@ -272,6 +288,37 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
         cut_off=float(cut_off),
         notes=notes,
     )
+
+
+def _counted(run: Script, scores: Path, candidates: str) -> dict[str, dict[int, int]]:
+    """Candidates by source, and by the number of gates that they passed."""
+    query = COUNTS.format(candidates=candidates)
+    by_source: dict[str, dict[int, int]] = {}
+    for source, level, count in run.connection.execute(query, {"scores": str(scores)}).fetchall():
+        by_source.setdefault(source, {})[level] = count
+    return by_source
+
+
+def _meeting(scores: Path, where: str) -> str:
+    """The samples that meet the condition, for a FROM."""
+    there = pq.read_schema(scores).names
+    parts = tuple(name for name in there if name not in (*COLUMNS, "sample_id", "gates_passed"))
+    return f"(FROM {CORPUS} WHERE {checked_condition(where, parts)})"
+
+
+def _within(
+    meeting: dict[str, dict[int, int]], budget: int, total: int, where: str, notes: list[str]
+) -> int:
+    """The budget, or as many as meet the condition; notes how many do."""
+    size = sum(sum(levels.values()) for levels in meeting.values())
+    if not size:
+        raise InputError(
+            f"selection.where: none of the {total:,} samples of the corpus meets {where}. "
+            "Loosen it; the scores that earlier runs kept can be looked at with `p2d sql`."
+        )
+    short = f", {budget:,} were wanted" if size < budget else ""
+    notes.append(f"selection.where: {size:,} of {total:,} samples meet {where}{short}")
+    return min(budget, size)
 
 
 def _parts(
@@ -285,8 +332,9 @@ def _parts(
     quotas = {} if spec.at_random else dict(spec.quotas)
     unknown = sorted(set(quotas) - set(by_source))
     if unknown:
+        meeting = " that meets selection.where" if spec.where is not None else ""
         raise InputError(
-            f"selection.quotas: the corpus has no source {unknown[0]!r}. "
+            f"selection.quotas: the corpus has no source {unknown[0]!r}{meeting}. "
             f"It has {', '.join(sorted(by_source))}."
         )
     parts: list[_Part] = []
@@ -326,7 +374,7 @@ def _parts(
     return parts
 
 
-def _fill_pool(run: Script, scores: Path, parts: Sequence[_Part]) -> None:
+def _fill_pool(run: Script, scores: Path, candidates: str, parts: Sequence[_Part]) -> None:
     """Makes the table ``pool`` with every part's best in it."""
     quantiles: list[str] = []
     inside: list[str] = []
@@ -351,12 +399,14 @@ def _fill_pool(run: Script, scores: Path, parts: Sequence[_Part]) -> None:
             f"OR (gates_passed = {level:d} AND affinity >= $low{number})))"
         )
     if quantiles:
-        # conditions and numbers are of this file; the names of sources are bound
-        query = f"SELECT {', '.join(quantiles)} FROM read_parquet($scores)"  # noqa: S608
+        # conditions and numbers are of this file or checked; the names of sources are bound
+        query = f"SELECT {', '.join(quantiles)} FROM {candidates}"  # noqa: S608
         found = run.connection.execute(query, {"scores": str(scores)} | values).fetchall()[0]
         values |= {f"low{number}": low for number, low in zip(lowest, found, strict=True)}
     cases = " ".join(f"WHEN {part.condition} THEN {i}" for i, part in enumerate(parts))
-    statement = POOL.format(part=f"CASE {cases} END", inside=" OR ".join(inside))
+    statement = POOL.format(
+        part=f"CASE {cases} END", inside=" OR ".join(inside), candidates=candidates
+    )
     run(statement, scores=str(scores), **values)
     held = dict(run.connection.execute("SELECT part, count(*) FROM pool GROUP BY part").fetchall())
     for number, (level, pooled) in lowest.items():

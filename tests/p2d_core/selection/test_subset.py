@@ -204,3 +204,61 @@ def test_a_subset_has_its_budget_and_no_sample_twice(tmp_path, rows, fraction, r
     chosen = corpus.choose([3, 9, 20], fraction=fraction, replay=replay, seed=seed)
     budget = max(1, round(fraction * len(rows)))
     assert len(chosen) == corpus.chosen.rows == budget
+
+
+def test_only_samples_that_meet_the_condition_are_candidates(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(20)], lengths=[5] * 15 + [50] * 5)
+    chosen = corpus.choose(fraction=0.2, where="n_response_tokens < 10", match_lengths=False)
+    assert sorted(chosen) == [11, 12, 13, 14]
+    assert corpus.chosen.corpus_by_source == {"a": 10, "b": 10}
+    assert corpus.chosen.notes == ["selection.where: 15 of 20 samples meet n_response_tokens < 10"]
+    assert "WHERE (n_response_tokens < 10)" in (tmp_path / "query.sql").read_text()
+
+
+def test_a_budget_is_no_larger_than_what_meets_the_condition_and_says_so(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(20)])
+    assert sorted(corpus.choose(fraction=0.5, where="affinity >= 17")) == [17, 18, 19]
+    assert corpus.chosen.notes[0].endswith("3 of 20 samples meet affinity >= 17, 10 were wanted")
+
+
+def test_a_random_subset_is_as_large_but_from_the_whole_corpus(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(60)])
+    chosen = corpus.choose(fraction=0.5, where="affinity >= 40", at_random=True)
+    assert len(chosen) == 20
+    assert min(chosen) < 40
+
+
+def test_replay_and_what_fills_it_up_meet_the_condition_too(tmp_path):
+    corpus = Corpus(tmp_path, [1.0 if i < 50 else 0.0 for i in range(100)], lengths=[1, 2] * 50)
+    for replay in (0.25, 0.9):
+        chosen = corpus.choose(fraction=0.2, replay=replay, where="n_response_tokens = 2")
+        assert len(chosen) == 20
+        assert all(row % 2 for row in chosen)
+
+
+def test_quotas_are_filled_within_the_condition(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(100)])
+    chosen = corpus.choose(fraction=0.2, quotas=(("a", 0.5),), where="affinity < 60")
+    assert sorted(chosen) == [*range(40, 60)]
+    with pytest.raises(InputError, match=r"no source 'b' that meets selection.where"):
+        corpus.choose(fraction=0.2, quotas=(("b", 0.5),), where="source = 'a'")
+
+
+def test_a_condition_that_nothing_meets_is_refused(tmp_path):
+    corpus = Corpus(tmp_path, [1.0, 2.0])
+    with pytest.raises(InputError, match=r"none of the 2 samples of the corpus meets"):
+        corpus.choose(fraction=0.5, where="affinity > 5")
+
+
+def test_a_condition_is_checked_here_too(tmp_path):
+    corpus = Corpus(tmp_path, [1.0, 2.0])
+    with pytest.raises(SettingsError, match="it has a subquery"):
+        corpus.choose(fraction=0.5, where="affinity > (SELECT 1)")
+
+
+def test_with_gates_the_condition_comes_before_the_pool_is_drawn(tmp_path):
+    passed = [2 if i % 3 == 0 else 1 for i in range(30)]
+    corpus = Corpus(tmp_path, [float(-i) for i in range(30)], passed, gates=2)
+    chosen = corpus.choose(fraction=0.1, where="affinity <= -15")
+    assert all(row % 3 == 0 and row >= 15 for row in chosen)
+    assert len(chosen) == 3
