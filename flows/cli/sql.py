@@ -23,6 +23,10 @@ def sql(
     ],
     csv: Annotated[bool, typer.Option("--csv", help="All rows as CSV.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All rows as JSON, one a line.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="The query is stopped after that.")] = 60,
+    memory: Annotated[
+        float, typer.Option(min=0.1, metavar="GB", help="The query is stopped beyond that.")
+    ] = 2,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Ask the store in SQL. Reads only: nothing is changed, nothing else is read.
@@ -35,10 +39,10 @@ def sql(
     """
     if csv and as_json:
         raise InputError("--csv and --json exclude each other. Give one of them.")
-    from p2d_core.store.query import open_reader
+    from p2d_core.store.bounded_query import Bounds, bounded_query
 
-    with open_reader(existing_store(store)) as reader:
-        rows = reader.run(query)
+    bounds = Bounds(seconds, int(memory * 10**9))
+    with bounded_query(existing_store(store), query, bounds) as rows:
         if csv:
             _print_csv(rows)
         elif as_json:

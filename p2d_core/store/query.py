@@ -16,20 +16,37 @@ import duckdb
 import pyarrow as pa
 
 from p2d_core.errors import InputError
+from p2d_core.samples.rejected import REJECTED
+from p2d_core.sql_tree import NoSelect, nodes, tree_of
 from p2d_core.store.gc import run_files
 from p2d_core.store.store import Store
 
 log = logging.getLogger(__name__)
 
+MEMORY_BYTES = 10**9
+
 VIEWS = {
     "scores": ("scores", "scores.parquet"),
     "heads": ("heads", "heads.parquet"),
     "samples": ("samples", "*.parquet"),
+    "rejected": ("samples", REJECTED),
     "subset": ("subset", "subset.parquet"),
     "evaluation": ("evaluation", "samples.parquet"),
     "measurements": ("measurements", "measured.parquet"),
 }
 """View -> the stage it unites and the name of that stage's tables."""
+
+TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "repeat", "json_each", "json_tree"}
+"""Those that read nothing."""
+
+NOT_ASKED = {
+    *("current_setting", "getvariable", "getenv", "write_log", "sleep_ms"),
+    *("nextval", "currval", "setval", "setseed"),
+}
+"""Functions that look at settings or change something."""
+
+SHOWN = {"tables", "__show_tables_expanded"}
+"""What SHOW TABLES and SHOW ALL TABLES are to the parser."""
 
 RUNS = pa.schema(
     [
@@ -76,18 +93,56 @@ class Reader:
                 f"one SELECT statement is wanted, found {len(statements)}. "
                 "`p2d sql` runs one at a time."
             )
-        kind = statements[0].type
-        if kind != duckdb.StatementType.SELECT:
-            name = str(kind).rpartition(".")[2].replace("_", " ")
+        name = _kind(statements[0])
+        if name != "SELECT":
             raise InputError(
                 f"only a SELECT statement is allowed, this is {name}: `p2d sql` reads the store "
                 "and changes nothing. Use --csv or --json to keep the result."
             )
+        self._check(sql)
         try:
             rows = self.connection.sql(statements[0]).to_arrow_reader(10_000)
         except duckdb.Error as error:
             raise InputError(self._explain(self._with_its_line(statements[0], error))) from error
         return pa.RecordBatchReader.from_batches(rows.schema, self._streamed(rows))
+
+    def _check(self, sql: str) -> None:
+        """That it names nothing but the views, and what it makes of them itself.
+
+        Raises:
+            InputError: it names something else.
+        """
+        try:
+            tree = list(nodes(tree_of(sql)))
+        except NoSelect as error:
+            raise InputError(f"this cannot be asked here: {error}") from error
+        made = {e["key"].lower() for n in tree if "cte_map" in n for e in n["cte_map"]["map"]}
+        known = {name.lower() for name in self.columns} | made
+        for node in tree:
+            if "class" in node:
+                name = str(node.get("function_name", "")).lower()
+                if name in NOT_ASKED:
+                    raise self._refused(f"the function {name}")
+            elif node.get("type") == "BASE_TABLE":
+                path = node["qualified_name"]["path"]
+                if len(path) != 1 or path[0].lower() not in known:
+                    raise self._refused(f"the table {'.'.join(path)}")
+            elif node.get("type") == "TABLE_FUNCTION":
+                name = str(node["function"].get("function_name")).lower()
+                if name not in TABLE_FUNCTIONS:
+                    raise self._refused(f"the table function {name}")
+            elif (
+                node.get("type") == "SHOW_REF"
+                and node["query"] is None
+                and node["table_name"].strip('"').lower() not in known | SHOWN
+            ):
+                raise self._refused(f"SHOW {node['table_name'] or node['schema_name']}")
+
+    def _refused(self, what: str) -> InputError:
+        return InputError(
+            f"{what} cannot be asked for: `p2d sql` reads the store's tables and nothing else."
+            f"\n\nWhat can be asked for here:\n{self.tables()}"
+        )
 
     def _streamed(self, rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
         try:
@@ -113,13 +168,19 @@ class Reader:
 
 
 @contextmanager
-def open_reader(store: Store) -> Iterator[Reader]:
+def open_reader(
+    store: Store, spill: Path | None = None, memory_bytes: int = MEMORY_BYTES
+) -> Iterator[Reader]:
     """Views over every artifact of a stage, with its ``key`` as a column, and ``runs``.
+
+    Args:
+        spill: folder for what does not fit into memory; it is removed.
+        memory_bytes: what DuckDB counts of its memory; as much goes to the disk.
 
     Raises:
         InputError: the store holds nothing yet, or a table in it cannot be read.
     """
-    spill = store.root / ".scratch" / f"sql-{uuid.uuid4().hex[:8]}"
+    spill = spill or store.root / ".scratch" / f"sql-{uuid.uuid4().hex[:8]}"
     with duckdb.connect(":memory:") as connection:
         files = {view: _tables(store, *where) for view, where in VIEWS.items()}
         reader = Reader(connection)
@@ -144,11 +205,20 @@ def open_reader(store: Store) -> Iterator[Reader]:
                 f"{store.root} holds nothing to ask for yet. `p2d demo` or `p2d adapt FILE` fills "
                 "it; --store FOLDER or P2D_STORE names another one."
             )
-        _lock(connection, [str(file) for found in files.values() for file in found], spill)
+        readable = [str(file) for found in files.values() for file in found]
+        _lock(connection, readable, spill, memory_bytes)
         try:
             yield reader
         finally:
             shutil.rmtree(spill, ignore_errors=True)
+
+
+def _kind(statement: duckdb.Statement) -> str:
+    try:
+        return str(statement.type).rpartition(".")[2].replace("_", " ")
+    except ValueError:
+        # DuckDB's parser knows more kinds than its Python module has names for
+        return "of another kind"
 
 
 def _tables(store: Store, stage: str, pattern: str) -> list[Path]:
@@ -157,7 +227,7 @@ def _tables(store: Store, stage: str, pattern: str) -> list[Path]:
     for ref in store.refs(stage):
         for name, entry in ref.manifest.files.items():
             file = ref.path / name
-            if not Path(name).match(pattern):
+            if not Path(name).match(pattern) or (name == REJECTED) != (pattern == REJECTED):
                 continue
             # a link could lead out of the store
             inside = file.resolve() == file and file.is_file()
@@ -178,11 +248,15 @@ def _columns(connection: duckdb.DuckDBPyConnection, view: str) -> list[str]:
     return list(connection.table(view).columns)
 
 
-def _lock(connection: duckdb.DuckDBPyConnection, readable: list[str], spill: Path) -> None:
+def _lock(
+    connection: duckdb.DuckDBPyConnection, readable: list[str], spill: Path, memory_bytes: int
+) -> None:
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET autoload_known_extensions = false")
     connection.execute("SET python_enable_replacements = false")
     connection.execute("SET temp_directory = $folder", {"folder": str(spill)})
+    connection.execute("SET memory_limit = $bytes", {"bytes": f"{memory_bytes}B"})
+    connection.execute("SET max_temp_directory_size = $bytes", {"bytes": f"{memory_bytes}B"})
     connection.execute("SET allowed_paths = $files", {"files": readable})
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")

@@ -152,12 +152,13 @@ class Store:
         if len(matches) == 1:
             return matches[0]
         what = f"{stage} artifact" if stage else "artifact"
+        shown = prefix if len(prefix) < 200 else f"{prefix[:200]}..."
         if not matches:
             raise ArtifactError(
-                f"there is no {what} {prefix!r} in {self.root}. `p2d artifacts ls` lists them."
+                f"there is no {what} {shown!r} in {self.root}. `p2d artifacts ls` lists them."
             )
         listed = ", ".join(f"{ref.stage}/{ref.key[:12]}" for ref in matches[:5])
-        raise ArtifactError(f"{len(matches)} artifacts begin with {prefix!r}: {listed}. Give more.")
+        raise ArtifactError(f"{len(matches)} artifacts begin with {shown!r}: {listed}. Give more.")
 
     def lineage(self, ref: ArtifactRef) -> list[ArtifactRef]:
         """The artifact and all that it was made from, itself first."""
