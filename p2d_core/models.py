@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.attention.layout import AttentionLayer, attention_layers
-from p2d_core.errors import ModelError
+from p2d_core.errors import ModelError, UnsupportedModelError
 from p2d_core.progress import Progress, no_progress
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
@@ -31,6 +32,13 @@ from p2d_core.samples.tokens import (
 from p2d_core.store.recipe import hash_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -42,22 +50,21 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(
-            f"{folder}: there is no such folder. `base` is the folder of a Hugging Face model, "
-            "with config.json, safetensors weights and a tokenizer."
+            f"{folder}: there is no such folder. Give as `base` the folder of a Hugging Face "
+            "model, with config.json, safetensors weights and a tokenizer."
         )
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{folder}: has no config.json. Give a folder that save_pretrained wrote.")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ModelError(f"{config}: is not JSON ({error}). Save the model again.") from error
-    if not isinstance(values, dict) or "model_type" not in values:
+    if not isinstance(_json_object(config).get("model_type"), str):
         raise ModelError(f"{config}: has no `model_type`. Give a folder of a Hugging Face model.")
-    if "auto_map" in values:
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            _refuse_code(folder / name)
+    if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{config}: names code of its own (`auto_map`), which is never run. "
-            "Use a model that transformers knows, or remove auto_map if it does."
+            f"{folder}: is an adapter or holds one (adapter_config.json), which could name another "
+            "base. Merge it into its base and save that, or move the adapter's files elsewhere."
         )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
@@ -73,19 +80,105 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: is not JSON ({error}). Save the model again.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: is not a JSON object. Save the model again.")
+    return values
+
+
+def _refuse_code(file: Path) -> None:
+    """Refuses a config that names code of its own, or an attention that is fetched from a hub."""
+    waiting: list[Any] = [_json_object(file)]
+    while waiting:
+        here = waiting.pop()
+        for key, value in here.items() if isinstance(here, dict) else enumerate(here):
+            if key == "auto_map":
+                raise ModelError(
+                    f"{file}: names code of its own (`auto_map`), which is never run. "
+                    "Use a model that transformers knows, or remove auto_map if it does."
+                )
+            is_attention = isinstance(key, str) and key.endswith("attn_implementation")
+            if is_attention and isinstance(value, str) and "/" in value:
+                raise ModelError(
+                    f"{file}: `{key}` is {value!r}, code that would be fetched from a hub and is "
+                    f"never run. Remove {key}."
+                )
+            if isinstance(value, dict | list):
+                waiting.append(value)
+
+
 def most_tokens(folder: Path) -> int:
-    """How many tokens the model's positions reach; without a limit in its config, very many."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or sys.maxsize)
+    """How many tokens the model's positions reach; without a limit in its config, very many.
+
+    Raises:
+        ModelError: the limit is no number of tokens.
+    """
+    limit = _json_object(folder / "config.json").get("max_position_embeddings")
+    if limit is None:
+        return sys.maxsize
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ModelError(
+            f"{folder / 'config.json'}: `max_position_embeddings` is {limit!r}; it has to be a "
+            "number of tokens. Save the model again."
+        )
+    return limit
 
 
-def check_attention(folder: Path) -> None:
-    """Whether heads can be found in the model, from its config alone.
+def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[AttentionLayer, ...]:
+    """Whether heads can be found in the model, and whether its files are whole and fit together.
+
+    Reads the weights once, a tensor at a time, and keeps none.
+
+    Args:
+        progress: is told of tensors.
 
     Raises:
         UnsupportedModelError: single heads cannot be found in its attention.
-        ModelError: transformers cannot make a model of the config.
+        ModelError: transformers cannot make a model or a tokenizer of the folder, or weights are
+            missing, of another shape or no numbers.
     """
+    weights = _weight_files(folder)
+    n_tensors = _n_tensors(weights)
+    config_file = folder / "config.json"
+    n_layers = _json_object(config_file).get("num_hidden_layers")
+    if isinstance(n_layers, int) and n_layers > n_tensors:
+        raise ModelError(
+            f"{config_file}: `num_hidden_layers` is {n_layers}, but the weights are {n_tensors} "
+            "tensors in all. Save the model again."
+        )
+    model = _without_weights(folder)
+    layers = _attention_of(model, folder)
+    _check_weights(folder)
+    _check_numbers(weights, n_tensors, progress)
+    tokenizer = load_tokenizer(folder)
+    Encoder(tokenizer)
+    known = model.get_input_embeddings().weight.shape[0]
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= known:
+        raise ModelError(
+            f"{folder}: its tokenizer has the token {last}, but the model knows {known} tokens. "
+            "Give the tokenizer that the model was trained with."
+        )
+    return layers
+
+
+def layers_of(folder: Path) -> tuple[AttentionLayer, ...]:
+    """Where the model's heads are, from its config alone; raises as `check_loads`."""
+    return _attention_of(_without_weights(folder), folder)
+
+
+def _attention_of(model: Any, folder: Path) -> tuple[AttentionLayer, ...]:
+    try:
+        return attention_layers(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder}: {error} Use another base model.") from error
+
+
+def _without_weights(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -93,10 +186,113 @@ def check_attention(folder: Path) -> None:
             str(folder), trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: transformers cannot make a model of it: {error}") from error
-    attention_layers(model)
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        # a config can be wrong in more ways than transformers looks for
+        raise ModelError(
+            f"{folder}: transformers cannot make a model of its config.json: {_said(error)} "
+            "Save the model again."
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500].rstrip(".")
+    return f"{type(error).__name__}{': ' if text else ''}{text}."
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the model is loaded from."""
+    index = folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise ModelError(
+            f"{folder}: has neither model.safetensors nor model.safetensors.index.json. "
+            "Give a folder that save_pretrained wrote."
+        )
+    named = _json_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ModelError(f"{index}: has no `weight_map`. Save the model again.")
+    for name in set(map(str, named.values())):
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: names {name!r}, which is no safetensors file of this folder. "
+                "Save the model again."
+            )
+        if not (folder / name).is_file():
+            raise ModelError(f"{index}: names {name}, which is not there. Copy it, too.")
+    return sorted({folder / name for name in named.values()})
+
+
+def _n_tensors(weights: Sequence[Path]) -> int:
+    n_tensors = 0
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                n_tensors += len(list(tensors.keys()))
+        except (OSError, SafetensorError) as error:
+            raise _not_whole(file, error) from error
+    return n_tensors
+
+
+def _not_whole(file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{file}: not a whole safetensors file ({_said(error)}) Copy or save the model again."
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    """That every parameter of the model has its tensor, of its shape; loads none of them."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            device_map="meta",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"{folder}: transformers cannot load it: {_said(error)}") from error
+    found = loaded[1]
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"{folder}: the weights lack {missing[0]} ({len(missing)} tensors in all), which its "
+            "config.json asks for. They would be random. Save the model again, or mend config.json."
+        )
+    if found["mismatched_keys"]:
+        name, theirs, due = min(found["mismatched_keys"])
+        raise ModelError(
+            f"{folder}: the weights have {name} in the shape {list(theirs)}, by its config.json it "
+            f"has to be {list(due)}. Save the model again, or mend config.json."
+        )
+
+
+def _check_numbers(weights: Sequence[Path], n_tensors: int, progress: Progress) -> None:
+    done = 0
+    for file in weights:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not _is_finite(tensor):
+                    raise ModelError(
+                        f"{file}: {name} has values that are not numbers (NaN or infinite). "
+                        "The model is broken: save or download it again."
+                    )
+                done += 1
+                progress(done, n_tensors)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # torch does not look into the 8-bit types
+    return bool((tensor.float() if tensor.element_size() < 2 else tensor).isfinite().all())
 
 
 def model_hash(folder: Path, progress: Progress = no_progress) -> str:
@@ -144,7 +340,7 @@ def load_model(folder: Path, precision: str, device: torch.device) -> Any:
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: transformers cannot load it: {error}") from error
     return model.to(device).eval()
 
@@ -161,8 +357,12 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    except Exception as error:
+        # the tokenizers library raises nothing more special
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded: {_said(error)} "
+            "Save it again beside the model: tokenizer.save_pretrained(...)."
+        ) from error
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from prefect import Task, task
 from prefect.cache_policies import CachePolicy
 from prefect.serializers import JSONSerializer
+from prefect.settings import get_current_settings
 
 from p2d_core.errors import TransientError
 from p2d_core.models import CapturedModel, model_hash, pick_device
@@ -21,6 +24,8 @@ from p2d_core.samples.tokens import TextFormat
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.manifest import faults
 from tasks.progress import progress_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Runtime:
     threads: int = 0
     tokens_per_batch: int = 8192
     checkpoint_seconds: float = 60
+    skip_bad_rows: int = 0
+    """A sample is one or is not, however many rows may be left out; more than this is an error."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,9 @@ class StoredResult(JSONSerializer):
 
         A damaged one counts as gone: the stage's own look then sets it aside and says so.
         """
-        ref = super().loads(blob)
-        if isinstance(ref, ArtifactRef) and faults(ref.path, ref.key):
+        # not Prefect's decoder, which imports whatever class the text names
+        ref = ArtifactRef.model_validate(json.loads(blob)["data"])
+        if faults(ref.path, ref.key):
             raise FileNotFoundError(ref.location)
         return ref
 
@@ -174,8 +182,32 @@ class ArtifactKey(CachePolicy):
         """``<stage>-<key>-<store>``."""
         assert self.recipe_of is not None
         recipe = self.recipe_of(inputs)
-        store = hashlib.sha256(inputs["runtime"].store.encode()).hexdigest()[:8]
-        return f"{recipe.stage}-{recipe.key[:40]}-{store}"
+        root = inputs["runtime"].store
+        store = hashlib.sha256(root.encode()).hexdigest()[:8]
+        key = f"{recipe.stage}-{recipe.key[:40]}-{store}"
+        path = Store(Path(root)).path(recipe.stage, recipe.key)
+        kept = get_current_settings().results.local_storage_path / key
+        expected = ArtifactRef(stage=recipe.stage, key=recipe.key, location=str(path))
+        if kept.exists() and not _is_ours(kept, expected):
+            log.warning("%s is no result of this stage: removed, looked up anew", kept)
+            kept.unlink()
+        return key
+
+
+def _is_ours(file: Path, expected: ArtifactRef) -> bool:
+    """Whether a kept result is what we write: Prefect believes it how it wants to be read.
+
+    One that names pickle, or says nothing, would have code run when it is loaded.
+    """
+    try:
+        record = json.loads(file.read_bytes())
+        return (
+            set(record) == {"metadata", "result"}
+            and record["metadata"]["serializer"] == StoredResult().model_dump(mode="json")
+            and json.loads(record["result"])["data"] == expected.model_dump(mode="json")
+        )
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        return False
 
 
 def stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.errors import TrainingError
@@ -26,6 +30,8 @@ from p2d_core.samples.tokens import EncodedSample, collate
 
 log = logging.getLogger(__name__)
 
+NOT_LOADED = (pickle.UnpicklingError, SafetensorError, KeyError, AttributeError, IndexError)
+"""What a broken or hostile checkpoint raises, beside the errors of reading files."""
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
 SPENT = "seconds.json"
 """Written last into a checkpoint: one without it was cut short, and is not gone on from."""
@@ -180,13 +186,27 @@ def train(
 
 
 def _last_checkpoint(scratch: Path) -> tuple[str | None, float]:
-    """The newest whole checkpoint and the seconds up to it; those cut short are removed."""
+    """The newest whole checkpoint and the seconds up to it; others are removed.
+
+    What torch kept in it is tried as it will be loaded, with weights only: a file that names code
+    is as good as broken.
+    """
     found = sorted(scratch.glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1]))
     for folder in found:
         try:
-            return str(folder), float(json.loads((folder / SPENT).read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
+            seconds = float(json.loads((folder / SPENT).read_text(encoding="utf-8")))
+            load_file(folder / CHECKPOINT_WEIGHTS)
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            for file in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+                with safe_globals():  # type: ignore[no-untyped-call]
+                    torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
             shutil.rmtree(folder)
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError, *NOT_LOADED) as error:
+            log.warning("%s cannot be gone on from (%r): removed", folder, str(error)[:200])
+            shutil.rmtree(folder)
+        else:
+            return str(folder), seconds
     return None, 0.0
 
 

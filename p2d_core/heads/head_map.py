@@ -139,7 +139,7 @@ class HeadMap:
                 )
         chosen = {(row["layer"], row["head"]) for row in rows if row["is_task_head"]}
         if not chosen:
-            raise HeadMapError("head map: no head has is_task_head, so that nothing could be tuned")
+            raise HeadMapError("head map: no head has is_task_head: nothing could be tuned.")
         return cls(scores, tuple(head for head in in_order if head in chosen), n_groups)
 
 
@@ -152,11 +152,13 @@ def read_head_map(path: Path) -> HeadMap:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise HeadMapError(f"{path} cannot be read as a head map in Parquet: {error}") from error
+        raise HeadMapError(
+            f"{path} cannot be read as a head map in Parquet: {error}. Rank the heads anew."
+        ) from error
     try:
         return HeadMap.from_table(table)
     except HeadMapError as error:
-        raise HeadMapError(f"{path}: {error}") from error
+        raise HeadMapError(f"{path}: {error} Mend the file, or rank the heads anew.") from error
 
 
 def _by_score(scores: Tensor) -> tuple[tuple[int, int], ...]:
@@ -194,15 +196,17 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
             f"{', '.join(HEAD_SCHEMA.names)}; found {', '.join(table.column_names)}."
         )
     if table.num_rows == 0:
-        raise HeadMapError("head map: there are no rows")
+        raise HeadMapError("head map: there are no rows.")
     table = table.select(HEAD_SCHEMA.names)
     for name in HEAD_SCHEMA.names:
         if table[name].null_count:
-            raise HeadMapError(f"head map: column {name} has empty values")
+            raise HeadMapError(f"head map: column {name} has empty values.")
+    if not pa.types.is_boolean(table.schema.field("is_task_head").type):
+        raise HeadMapError("head map: column is_task_head has to be true or false.")
     try:
         rows: list[dict[str, Any]] = table.cast(HEAD_SCHEMA).to_pylist()
     except pa.ArrowException as error:
-        raise HeadMapError(f"head map: the columns are not of the right types: {error}") from error
+        raise HeadMapError(f"head map: the columns are not of the right types: {error}.") from error
     return rows
 
 
@@ -216,7 +220,7 @@ def _score_grid(rows: list[dict[str, Any]]) -> Tensor:
                 "all are counted from 0."
             )
         if (layer, head) in seen:
-            raise HeadMapError(f"head map: head ({layer}, {head}) is there twice")
+            raise HeadMapError(f"head map: head ({layer}, {head}) is there twice.")
         seen[layer, head] = float(row["score"])
     n_layers = 1 + max(layer for layer, _ in seen)
     n_heads = 1 + max(head for _, head in seen)

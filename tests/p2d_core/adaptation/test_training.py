@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
@@ -192,6 +193,8 @@ def test_a_checkpoint_cut_short_is_not_gone_on_from(tmp_path):
 def test_what_a_stopped_run_spent_still_counts(tmp_path):
     attached = attach("heads", tiny_llama())
     (tmp_path / "checkpoint-9").mkdir()
+    save_file({"moved": torch.zeros(1)}, tmp_path / "checkpoint-9/trainable.safetensors")
+    (tmp_path / "checkpoint-9/trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-9/seconds.json").write_text("12.5")
     found, seconds = _last_checkpoint(tmp_path)
     assert (Path(found).name, seconds) == ("checkpoint-9", 12.5)
