@@ -20,7 +20,8 @@ from flows.report import make_summary
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
-from p2d_core.errors import HeadMapError
+from p2d_core.errors import ArtifactError, HeadMapError
+from p2d_core.models import layers_of
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
 from tasks.heads import head_map_in, rank_heads
@@ -29,9 +30,15 @@ from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
 from tasks.record import record
-from tasks.samples import assemble, read_source, shards_of, split_target
+from tasks.samples import (
+    assemble,
+    read_source,
+    refuse_too_many_rejected,
+    shards_of,
+    split_target,
+)
 from tasks.scores import score
-from tasks.stage import Plugin, Runtime
+from tasks.stage import Plugin, Runtime, SourceInput
 from tasks.subset import draw_subset
 from tasks.summary import Summary
 
@@ -61,6 +68,8 @@ class Data:
     corpus: ArtifactRef
     evaluation: ArtifactRef
     retention: ArtifactRef | None
+    sources: tuple[ArtifactRef, ...]
+    """Each file as it was read."""
 
 
 def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None) -> Summary:
@@ -73,7 +82,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         InputError: before anything was started.
         ArtifactError: there is no such head map.
     """
-    ranked = {ref.manifest.inputs["base"]["sha256"] for ref in Store(store).refs("heads")}
+    ranked = {base_of(ref) for ref in Store(store).refs("heads")}
     inputs = check_inputs(settings, ranked)
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs)
@@ -109,7 +118,15 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
 
     summary = make_summary(
-        settings, run.ledger, reference, data.corpus, heads, subset, models, evaluations
+        settings,
+        run.ledger,
+        reference,
+        data.sources,
+        data.corpus,
+        heads,
+        subset,
+        models,
+        evaluations,
     )
     summary.seconds = time.perf_counter() - start
     return record(summary, settings.model_dump(mode="json"), store=store)
@@ -118,15 +135,21 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
 def read_data(run: Run) -> Data:
     """Samples: every source into shards; the target into its parts; the corpus."""
     inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    sources: list[ArtifactRef] = []
+
+    def read(source: SourceInput) -> ArtifactRef:
+        sources.append(read_source(runtime, source))
+        return sources[-1]
+
     with run.ledger.stage("samples") as made:
         evaluation = retention = None
         if inputs.evaluation is not None:
-            evaluation = read_source(runtime, inputs.evaluation)
+            evaluation = read(inputs.evaluation)
         if inputs.retention is not None:
-            retention = read_source(runtime, inputs.retention)
+            retention = read(inputs.retention)
         target = split_target(
             runtime,
-            target=read_source(runtime, inputs.target),
+            target=read(inputs.target),
             evaluation=evaluation,
             n_proxy=settings.proxy.samples,
             n_held_out=settings.proxy.held_out,
@@ -135,13 +158,14 @@ def read_data(run: Run) -> Data:
         )
         corpus = assemble(
             runtime,
-            sources=[read_source(runtime, each) for each in inputs.corpus],
+            sources=[read(each) for each in inputs.corpus],
             target=target,
             kept_out=[ref for ref in (evaluation, retention) if ref is not None],
             include_target=settings.corpus.include_target,
         )
+        refuse_too_many_rejected(sources, settings.skip_bad_rows)
         made += [target, corpus]
-    return Data(target, corpus, evaluation or target, retention)
+    return Data(target, corpus, evaluation or target, retention, tuple(sources))
 
 
 def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:
@@ -154,13 +178,22 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
             f"head map {ref.key[:12]} is damaged and was set aside. "
             "Leave --head-map out to rank anew."
         )
-    made_for = ref.manifest.inputs["base"]["sha256"]
+    made_for = base_of(ref)
     if made_for != inputs.base.sha256:
         raise HeadMapError(
-            f"head map {ref.key[:12]} was made for another base model ({made_for[:12]}) than "
+            f"head map {ref.key[:12]} was made for another base model ({made_for[:12]!r}) than "
             f"{inputs.base.folder} ({inputs.base.sha256[:12]}). Leave --head-map out to rank anew."
         )
+    head_map_in(ref).check_fits(layers_of(Path(inputs.base.folder)))
     return ref
+
+
+def base_of(heads: ArtifactRef) -> str:
+    """The hash of the base model that a head map was made for; empty if its manifest is broken."""
+    try:
+        return str(heads.manifest.inputs["base"]["sha256"])
+    except (ArtifactError, KeyError, TypeError):
+        return ""
 
 
 def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:

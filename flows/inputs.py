@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.settings import RunSettings, SourceSettings
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.affinity import scorers
+from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError
 from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
-    check_attention,
+    check_loads,
     check_model_folder,
     most_tokens,
     pick_device,
 )
 from p2d_core.samples.read import read_samples
+from p2d_core.samples.rejected import RejectedRows
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
 from p2d_core.samples.split import draw_target, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.selection.subset import SelectionSpec
+from p2d_core.selection.where import checked_condition
 from tasks.progress import progress_of
 from tasks.stage import BaseModel, Plugin, Runtime, SourceInput
 
@@ -61,8 +64,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     meets the rest before anything dear is run.
 
     Args:
-        ranked_bases: hashes of base models in which heads were found before: looking again takes
-            seconds.
+        ranked_bases: hashes of base models that were loaded before: looking again takes seconds.
 
     Raises:
         InputError: says what is wrong, where, and what would do.
@@ -77,6 +79,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
     if settings.training.adaptation == "lora":
         options.setdefault("seed", settings.seed)
     adaptation = adaptations.make(settings.training.adaptation, options)
+    where = _condition(settings.selection.where, scorer)
     _check_data(settings)
     text = TextFormat(
         settings.format.separator, min(settings.format.max_tokens, most_tokens(Path(settings.base)))
@@ -92,7 +95,8 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
 
     base = BaseModel.of(Path(settings.base), settings.precision, text)
     if base.sha256 not in ranked_bases:
-        check_attention(Path(settings.base))
+        with progress_of("checking the base model (tensors)") as progress:
+            check_loads(Path(settings.base), progress)
     return Inputs(
         base=base,
         target=source(settings.target),
@@ -122,12 +126,21 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
             match_lengths=settings.selection.match_lengths,
             replay=settings.selection.replay,
             quotas=tuple(sorted(settings.selection.quotas.items())),
+            where=where,
             seed=settings.seed,
         ),
         evaluating=EvaluationSpec(
             evaluation.metric, evaluation.answer_pattern, evaluation.max_new_tokens
         ),
     )
+
+
+def _condition(where: str | None, scorer: Any) -> str | None:
+    """The user's condition, checked against the columns that this scorer's scores will have."""
+    if where is None:
+        return None
+    steps = enumerate(steps_of(scorer))
+    return checked_condition(where, tuple(s.name for i, s in steps if i or s.gate is not None))
 
 
 def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
@@ -139,12 +152,14 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
         threads=settings.threads,
         tokens_per_batch=settings.scoring.tokens_per_batch,
         checkpoint_seconds=settings.training.checkpoint_seconds,
+        skip_bad_rows=settings.skip_bad_rows,
     )
 
 
 def _check_data(settings: RunSettings) -> None:
     evaluation = settings.evaluation
-    target = list(_checked(_spec(settings.target)))
+    rejected = RejectedRows(settings.skip_bad_rows)
+    target = list(_checked(_spec(settings.target), rejected))
     split = draw_target(
         target,
         n_proxy=settings.proxy.samples,
@@ -154,7 +169,7 @@ def _check_data(settings: RunSettings) -> None:
     )
     asked: Iterable[Sample] = split.evaluation
     if evaluation.source is not None:
-        asked = list(_checked(_spec(evaluation.source)))
+        asked = list(_checked(_spec(evaluation.source), rejected))
         refuse_overlap(target, asked)
     if evaluation.metric == "exact_match":
         _check_answers(asked, evaluation.answer_pattern)
@@ -171,14 +186,14 @@ def _check_data(settings: RunSettings) -> None:
         if spec.is_on_hub:
             continue
         size = sum(file.path.stat().st_size for file in files_of(spec))
-        for row, _ in enumerate(_checked(spec)):
+        for row, _ in enumerate(_checked(spec, rejected)):
             if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:
                 break
 
 
-def _checked(source: SourceSpec) -> Iterator[Sample]:
+def _checked(source: SourceSpec, rejected: RejectedRows) -> Iterator[Sample]:
     with progress_of(f"checking {source.name} (rows)") as progress:
-        yield from read_samples(source, progress=progress)
+        yield from read_samples(source, on_bad_row=rejected, progress=progress)
 
 
 def _check_answers(samples: Iterable[Sample], pattern: str | None) -> None:

@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from flows.plain_yaml import NotPlain, plain_yaml, shortened
 from p2d_core.errors import SettingsError
+
+MOST_BYTES = 2**20
+"""Of a settings file."""
+LONGEST_PATH = 1000
+"""Characters."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
@@ -33,7 +39,7 @@ class _Settings(BaseModel):
 class SourceSettings(_Settings):
     """Where samples come from: JSON, JSONL, CSV or Parquet files, or a hub dataset."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """File, folder or glob, relative to this settings file; or hf://datasets/OWNER/NAME."""
     name: str = ""
     """What the source is called in reports; the file's name when empty."""
@@ -146,6 +152,8 @@ class SelectionSettings(_Settings):
     """Share of the subset that a source gets, by the source's name; the others share the rest."""
     replay: ShareOrZero = 0.0
     """Share of the subset drawn at random from the corpus' other sources, against forgetting."""
+    where: str | None = None
+    """SQL condition on the scores that a sample has to meet, such as "n_tokens < 200"."""
 
 
 class TrainingSettings(_Settings):
@@ -196,7 +204,7 @@ class RunSettings(_Settings):
 
     name: str = "adapt"
     """What the run is called."""
-    base: str
+    base: Annotated[str, Field(min_length=1)]
     """Folder of a Hugging Face model with safetensors, relative to this settings file."""
     target: SourceSettings
     """The domain to adapt to: a few hundred samples or more."""
@@ -218,6 +226,8 @@ class RunSettings(_Settings):
     """auto, cpu, cuda, cuda:1, mps; cannot change a result."""
     threads: CountOrZero = 0
     """CPU threads of torch; 0 takes what torch finds."""
+    skip_bad_rows: CountOrZero = 0
+    """Rows of all data files that may be no samples; they are left out, with the reason kept."""
 
 
 def load_settings(file: Path) -> RunSettings:
@@ -227,29 +237,45 @@ def load_settings(file: Path) -> RunSettings:
         SettingsError: names the file, the key, what was given and what would do.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            text = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise SettingsError(
             f"{file}: there is no such file. `p2d config > {file.name}` writes one to start from."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{file}: cannot be read ({error}). Save it as UTF-8 text.") from error
+    if len(text) > MOST_BYTES:
+        raise SettingsError(
+            f"{file}: has more than {MOST_BYTES:,} bytes, so it is no settings file. "
+            "`p2d config` writes one to start from."
+        )
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{file}: is not YAML: {' '.join(str(error).split())}.") from error
-    return parse_settings(values, file)
+        return parse_settings(plain_yaml(text.decode("utf-8-sig")), file)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: cannot be read ({error}). Save it as UTF-8 text.") from error
+    except (yaml.YAMLError, NotPlain) as error:
+        raise SettingsError(
+            f"{file}: is not YAML of plain values: {' '.join(str(error).split())}. Mend it; "
+            "`p2d config` writes one to start from."
+        ) from error
 
 
 def parse_settings(values: Any, file: Path) -> RunSettings:
     """Settings from plain values; ``file`` is named in errors and anchors relative paths."""
     if not isinstance(values, dict):
-        raise SettingsError(f"{file}: needs keys such as `base:` and `target:`, found {values!r}.")
+        raise SettingsError(
+            f"{file}: needs keys such as `base:` and `target:`, found {shortened(values)}. "
+            "`p2d config` writes a file to start from."
+        )
     try:
         settings = RunSettings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(_explain(error, file)) from error
-    settings = _anchored(settings, file.parent)
+    try:
+        settings = _anchored(settings, file.parent)
+    except ValueError as error:
+        raise SettingsError(f"{file}: a path in it cannot be one: {error}. Mend it.") from error
     names = [source.name for source in settings.corpus.sources]
     if settings.corpus.include_target:
         names.append(settings.target.name)
@@ -263,7 +289,12 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
 
 def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
     def path(given: str) -> str:
-        return given if "://" in given else str((folder / Path(given).expanduser()).resolve())
+        if len(given) > LONGEST_PATH:
+            raise ValueError(f"{given[:60]!r}... has {len(given)} characters")
+        try:
+            return given if "://" in given else str((folder / Path(given).expanduser()).resolve())
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"{given!r}: {str(error).rstrip('.')}") from error
 
     def source(given: SourceSettings) -> SourceSettings:
         return given.model_copy(
@@ -300,7 +331,7 @@ def _explain(error: ValidationError, file: Path) -> str:
         else:
             given = problem["input"]
             lines.append(
-                f"{file}: `{key}` was {given!r}. {problem['msg']}. {_help(problem['loc'])}"
+                f"{file}: `{key}` was {shortened(given)}. {problem['msg']}. {_help(problem['loc'])}"
             )
     return "\n".join(line.rstrip() for line in lines)
 

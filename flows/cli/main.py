@@ -60,7 +60,7 @@ def run() -> None:
         app()
     except P2DError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except SystemExit as ending:
         if ending.code == INTERRUPTED:
@@ -76,6 +76,11 @@ def run() -> None:
             raise
         print(GO_ON, file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters of a file's name or content, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _was_stopped(error: BaseException | None) -> bool:

@@ -100,6 +100,8 @@ CHANGES = [
     ("selection", {"match_lengths": False}),
     ("selection", {"replay": 0.3}),
     ("selection", {"quotas": {"ledgers": 0.5}}),
+    ("selection", {"where": "n_tokens < 200"}),
+    ("skip_bad_rows", 3),
     ("training", {"adaptation": "full"}),
     ("training", {"epochs": 9}),
     ("training", {"learning_rate": 1}),
