@@ -261,8 +261,8 @@ def _parsed(role: str, template: str, source: SourceSpec) -> Template:
     for _, column, format_spec, conversion in pieces:
         if column is not None and (not column or format_spec or conversion):
             raise DataError(
-                f"`{role}:` of source {source.name!r}: {template!r} is no template. Write "
-                "names of columns in braces and nothing else in them, such as {instruction}."
+                f"`{role}:` of source {source.name!r}: {template!r} may hold names of columns in "
+                "braces and nothing else in them. Write it such as {instruction}."
             )
     return Template(tuple((literal, column) for literal, column, _, _ in pieces))
 
