@@ -80,11 +80,10 @@ def most_tokens(folder: Path) -> int:
     return int(config.get("max_position_embeddings") or sys.maxsize)
 
 
-def check_attention(folder: Path) -> None:
-    """Whether heads can be found in the model, from its config alone.
+def without_weights(folder: Path) -> Any:
+    """The model that a folder's config makes, on the meta device.
 
     Raises:
-        UnsupportedModelError: single heads cannot be found in its attention.
         ModelError: transformers cannot make a model of the config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,10 +93,19 @@ def check_attention(folder: Path) -> None:
             str(folder), trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: transformers cannot make a model of it: {error}") from error
-    attention_layers(model)
+
+
+def check_attention(folder: Path) -> None:
+    """Whether heads can be found in the model, from its config alone.
+
+    Raises:
+        UnsupportedModelError: single heads cannot be found in its attention.
+        ModelError: transformers cannot make a model of the config.
+    """
+    attention_layers(without_weights(folder))
 
 
 def model_hash(folder: Path, progress: Progress = no_progress) -> str:

@@ -191,6 +191,21 @@ FAMILIES: dict[str, Family] = {
     "codegen": Family(lambda: hf.CodeGenConfig(**GPT, rotary_dim=4), codegen, fused=True),
 }
 
+LATENT = {
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 2,
+}
+"""Of multi-head latent attention (DeepSeek-V3)."""
+
 
 @cache
 def _made(family: str) -> Any:

@@ -23,7 +23,16 @@ from p2d_core.errors import UnsupportedModelError
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.response_loss import batch_loss, token_losses
 from p2d_core.samples.tokens import EncodedSample
-from tests.families import FAMILIES, HEAD_DIM, N_HEADS, N_LAYERS, SMALL, WIDTH, family_model
+from tests.families import (
+    FAMILIES,
+    HEAD_DIM,
+    LATENT,
+    N_HEADS,
+    N_LAYERS,
+    SMALL,
+    WIDTH,
+    family_model,
+)
 from tests.tiny import tiny, token_batch
 
 HEADS = [(1, 3), (0, 2), (1, 0), (2, 7)]
@@ -359,20 +368,6 @@ def test_token_losses_are_those_of_the_models_full_logits(family, side):
 
 
 # -- refused -----------------------------------------------------------------------------------
-
-LATENT = {
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 2,
-    "num_experts_per_tok": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 8,
-    "first_k_dense_replace": 2,
-}
 
 
 @pytest.mark.parametrize("q_lora_rank", [16, None])
