@@ -158,7 +158,7 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
             f"{config_file}: `num_hidden_layers` is {n_layers}, but the weights are {n_tensors} "
             "tensors in all. Save the model again."
         )
-    model = _without_weights(folder)
+    model = without_weights(folder)
     layers = _attention_of(model, folder)
     _check_weights(folder)
     _check_numbers(weights, n_tensors, progress)
@@ -176,7 +176,7 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
 
 def layers_of(folder: Path) -> tuple[AttentionLayer, ...]:
     """Where the model's heads are, from its config alone; raises as `check_loads`."""
-    return _attention_of(_without_weights(folder), folder)
+    return _attention_of(without_weights(folder), folder)
 
 
 def _attention_of(model: Any, folder: Path) -> tuple[AttentionLayer, ...]:
@@ -213,13 +213,18 @@ def parameter_counts(folder: Path) -> ParameterCounts:
     Raises:
         ModelError: as `check_loads`.
     """
-    model = _without_weights(folder)
+    model = without_weights(folder)
     layers = attention_layers(model)
     width = projection_weights(model, layers[0])["q"].shape[1]
     return ParameterCounts(sum(each.numel() for each in model.parameters()), layers, width)
 
 
-def _without_weights(folder: Path) -> Any:
+def without_weights(folder: Path) -> Any:
+    """The model that a folder's config makes, on the meta device.
+
+    Raises:
+        ModelError: transformers cannot make a model of the config.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -1,18 +1,23 @@
-"""`p2d doctor`: whether what is installed, the machine and the store can do the job."""
+"""`p2d doctor`: whether what is installed, the machine, the store and a model can do the job."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, size_text
+from p2d_core.errors import ModelError
+
+if TYPE_CHECKING:
+    from p2d_core.attention.layout import AttentionLayer
 
 NEEDED = (
     "torch",
@@ -42,16 +47,26 @@ class Finding:
     """Something cannot work at all; with a cure that is not fatal it is a warning."""
 
 
-def doctor(store: StoreOption = DEFAULT_STORE) -> None:
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", metavar="FOLDER", help="Also say what is recognised in this model, and where."
+    ),
+]
+
+
+def doctor(store: StoreOption = DEFAULT_STORE, model: ModelOption = None) -> None:
     """Check the installation, the machine and the store. Exit code 1 if something cannot work.
 
-    Example: [bold]p2d doctor[/bold]
+    Example: [bold]p2d doctor --model models/my-model[/bold]
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     findings = list(examine(store))
+    if model is not None:
+        findings += examine_model(model)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -85,6 +100,60 @@ def examine(store: Path) -> Iterator[Finding]:
     yield from _store(store)
     yield _killed(store)
     yield from _ports()
+
+
+def examine_model(folder: Path) -> Iterator[Finding]:
+    """What is recognised in a model, from its config alone: heads, and where their slices are."""
+    from p2d_core.attention.layout import attention_layers
+    from p2d_core.models import check_model_folder, without_weights
+
+    try:
+        check_model_folder(folder)
+        model = without_weights(folder)
+        layers = attention_layers(model)
+    except ModelError as error:
+        yield Finding("model", str(error), "Take another base: docs/families.md.", fatal=True)
+        return
+    first = layers[0]
+    yield Finding("model", f"{folder} ({type(model).__name__})")
+    yield Finding(
+        "heads",
+        f"{len(layers)} layers of {first.n_query_heads} query heads of {first.head_dim}, in "
+        f"{first.n_kv_groups} KV group{'s' if first.n_kv_groups != 1 else ''}",
+    )
+    for role in first.roles:
+        yield Finding(f"  {role}", _where(layers, role))
+    if first.shares_norm:
+        yield Finding(
+            "  norm",
+            "q or k are normalised over all heads together: a head's q and k slices also change "
+            "the scale of the other heads' q and k",
+        )
+    if model.config._attn_implementation == "eager":
+        yield Finding(
+            "attention",
+            "eager: SDPA does not compute this family's attention (soft-capping, sinks, biases), "
+            "so that it is slower and its memory grows with the square of the tokens",
+        )
+    else:
+        yield Finding("attention", str(model.config._attn_implementation))
+
+
+def _where(layers: Sequence[AttentionLayer], role: str) -> str:
+    """Such as ``model.layers.*.self_attn.q_proj: rows 0-7, 8-15, ..., 56-63; separate``."""
+    first, last = layers[0], layers[-1]
+    where = first.roles[role]
+    path = ".".join(
+        one if one == other else f"{one}..{other}"
+        for one, other in zip(
+            where.module.split("."), last.roles[role].module.split("."), strict=True
+        )
+    )
+    each = [f"{start}-{start + first.head_dim - 1}" for start in where.starts]
+    places = ", ".join(each if len(each) <= 4 else [*each[:2], "...", each[-1]])
+    beside = [r for r, of in first.roles.items() if of.module == where.module and r != role]
+    kept = f"fused with {' and '.join(beside)}" if beside else "separate"
+    return f"{path}: {'rows' if where.dim == 0 else 'columns'} {places}; {kept}"
 
 
 def known_conflicts(version_of: Callable[[str], str | None]) -> Iterator[Finding]:

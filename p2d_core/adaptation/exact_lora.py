@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from p2d_core.adaptation.slices import Block, TunedSlices
 from p2d_core.errors import TrainingError
@@ -16,7 +17,8 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
 
     A change of k rows or columns is a LoRA of rank k whose one side is one-hot: for rows A is the
     change and B says where it goes, for columns A says where it comes from and B is the change.
-    The scale is 1, so that merging adds the change and nothing else.
+    A transposed weight (Conv1D) is taken the other way round, as PEFT does. The scale is 1, so
+    that merging adds the change and nothing else.
 
     Args:
         model: the base, with its own values in the slices.
@@ -33,10 +35,13 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
         raise TrainingError("nothing was tuned, so that there is no adapter to export.")
     tensors = {}
     ranks = {}
+    transposed = False  # models have one kind of projection
     for module, block in tuned.blocks.items():
         weight = model.get_submodule(module).get_parameter("weight").detach()
         change = addend(weight, tuned.patched(module, weight), block)
         a, b = _factors(change, block, weight.shape[block.dim])
+        if transposed := isinstance(model.get_submodule(module), Conv1D):
+            a, b = b.t().contiguous(), a.t().contiguous()
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
         # anchored: PEFT matches a bare key at the end of longer paths, too
@@ -49,6 +54,7 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
         r=1,
         lora_alpha=1,
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
     )
@@ -72,7 +78,10 @@ def addend(base: Tensor, target: Tensor, block: Block) -> Tensor:
 
 
 def _factors(change: Tensor, block: Block, along: int) -> tuple[Tensor, Tensor]:
-    """A ``[k, inputs]`` and B ``[outputs, k]``; ``along`` is the weight's size where k counts."""
+    """Which B @ A is the change: A ``[k, columns]`` and B ``[rows, k]``.
+
+    ``along`` is the weight's size where k counts.
+    """
     k = len(block.index)
     index = block.index.cpu()
     ranks = torch.arange(k)

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from p2d_core.adaptation.slices import Block, TunedSlices, merged
 from p2d_core.attention.layout import AttentionLayer, slices_of
 from p2d_core.errors import TrainingError
 
 
-class SlicedLinear(nn.Linear):
-    """A frozen linear projection with a trainable delta on some of its rows or columns.
+class Sliced(nn.Module):
+    """A frozen projection with a trainable delta on some of its weight's rows or columns.
 
     ``weight`` and ``bias`` are the very parameters of the projection that it stands for, so that
     state dicts keep their names. The delta is kept in the weight: when ``delta`` may have moved,
@@ -23,12 +24,13 @@ class SlicedLinear(nn.Linear):
     float32 where the weight is of lower precision.
     """
 
+    weight: Any
+    bias: Any
     base: Tensor
     index: Tensor
 
-    def __init__(self, linear: nn.Linear, dim: int, index: Tensor) -> None:
-        nn.Module.__init__(self)  # not Linear's: it would make a second weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+    def _stand_for(self, linear: Any, dim: int, index: Tensor) -> None:
+        nn.Module.__init__(self)  # not that of the projection: it would make a second weight
         self.weight, self.bias = linear.weight, linear.bias
         self.dim = dim
         where = index.to(linear.weight.device)
@@ -48,13 +50,18 @@ class SlicedLinear(nn.Linear):
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        flat = input.reshape(-1, self.in_features).to(dtype)
+        flat = input.reshape(-1, input.shape[-1]).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
             output: Tensor = _SliceGradient.apply(  # type: ignore[no-untyped-call]
                 flat, self.weight.to(dtype), bias, self.delta, self
             )
-        return output.view(*input.shape[:-1], self.out_features)
+        return output.view(*input.shape[:-1], -1)
+
+    @property
+    def outputs_along(self) -> int:
+        """The dimension of the weight in which its outputs stand."""
+        return 0
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -79,13 +86,39 @@ class SlicedLinear(nn.Linear):
         return f"{super().extra_repr()}, tuned_{kind}={len(self.index)}"
 
 
+class SlicedLinear(Sliced, nn.Linear):
+    """With a weight ``[outputs, inputs]``."""
+
+    def __init__(self, linear: nn.Linear, dim: int, index: Tensor) -> None:
+        self._stand_for(linear, dim, index)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+
+class SlicedConv1D(Sliced, Conv1D):
+    """With a weight ``[inputs, outputs]``."""
+
+    def __init__(self, conv: Conv1D, dim: int, index: Tensor) -> None:
+        self._stand_for(conv, dim, index)
+        self.nx, self.nf = conv.weight.shape
+
+    @property
+    def outputs_along(self) -> int:
+        return 1
+
+
+def sliced(projection: nn.Module, dim: int, index: Tensor) -> Sliced:
+    """What stands for a projection while some of its rows or columns move."""
+    kind = SlicedConv1D if isinstance(projection, Conv1D) else SlicedLinear
+    return kind(projection, dim, index)  # type: ignore[arg-type]
+
+
 @dataclass(eq=False)
 class HeadDeltas:
     """A model whose task heads are being tuned; what `attach_head_deltas` put into it."""
 
     model: nn.Module
-    modules: dict[str, SlicedLinear]
-    _linears: dict[str, nn.Linear] = field(repr=False)
+    modules: dict[str, Sliced]
+    _linears: dict[str, Any] = field(repr=False)
     _moved: dict[str, bool] = field(repr=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -138,8 +171,8 @@ def attach_head_deltas(
 ) -> HeadDeltas:
     """Freezes the model and puts trainable deltas on the slices of these heads.
 
-    A head's slices are its q rows, its o columns and, where ``include_kv``, the k and v rows of
-    its KV group, which come once however many of the heads read them. Biases stay as they are.
+    A head's slices are those of its q and o and, where ``include_kv``, of the k and v of its KV
+    group, which come once however many of the heads read them. Biases stay as they are.
 
     Raises:
         HeadMapError: a head is not in the model.
@@ -153,10 +186,10 @@ def attach_head_deltas(
     linears, modules = {}, {}
     for path, (dim, index) in blocks.items():
         linear = model.get_submodule(path)
-        if not isinstance(linear, nn.Linear) or isinstance(linear, SlicedLinear):
+        if not isinstance(linear, nn.Linear | Conv1D) or isinstance(linear, Sliced):
             raise ValueError(f"{path} is {type(linear).__name__}, not a plain linear projection")
         linears[path] = linear
-        modules[path] = SlicedLinear(linear, dim, index)
+        modules[path] = sliced(linear, dim, index)
     for path, module in modules.items():
         model.set_submodule(path, module)
     return HeadDeltas(model, modules, linears, moved)
@@ -165,8 +198,10 @@ def attach_head_deltas(
 class _SliceGradient(torch.autograd.Function):
     """``inputs @ weight.T + bias``, with a gradient for a slice of the weight and not for the rest.
 
+    With a transposed weight it is ``inputs @ weight + bias``.
     ``delta`` stands for the slice; what it adds is in the weight already. Of the inputs no more is
-    kept for the backward pass than the slice's gradient needs: all for rows, the slice for columns.
+    kept for the backward pass than the slice's gradient needs: all for a slice of its outputs, the
+    slice for one of its inputs.
     """
 
     @staticmethod
@@ -176,10 +211,12 @@ class _SliceGradient(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         delta: Tensor,
-        module: SlicedLinear,
+        module: Sliced,
     ) -> Tensor:
         ctx.module = module
-        seen = inputs if module.dim == 0 else inputs.index_select(1, module.index)
+        of_outputs = module.dim == module.outputs_along
+        seen = inputs if of_outputs else inputs.index_select(1, module.index)
+        weight = weight if module.outputs_along == 0 else weight.t()
         ctx.save_for_backward(seen, weight)
         return nn.functional.linear(inputs, weight, bias)
 
@@ -187,13 +224,15 @@ class _SliceGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, weight = ctx.saved_tensors
-        module: SlicedLinear = ctx.module
+        module: Sliced = ctx.module
         grad_inputs = grad_delta = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_inputs = grad @ weight
             if ctx.needs_input_grad[3]:
-                of_slice = grad.index_select(1, module.index) if module.dim == 0 else grad
-                grad_delta = (of_slice.t() @ seen).to(module.delta.dtype)
+                of_outputs = module.dim == module.outputs_along
+                of_slice = grad.index_select(1, module.index) if of_outputs else grad
+                product = of_slice.t() @ seen if module.outputs_along == 0 else seen.t() @ of_slice
+                grad_delta = product.to(module.delta.dtype)
                 module.written = None
         return grad_inputs, None, None, grad_delta, None

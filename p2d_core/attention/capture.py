@@ -4,7 +4,9 @@ The model runs only as deep as the deepest head that is asked for; its final nor
 never run.
 """
 
+import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -20,9 +22,15 @@ from p2d_core.samples.tokens import needed_mask
 
 PAID = "p2d_attention_paid"
 
+log = logging.getLogger(__name__)
+
 
 class _Stop(Exception):
     """Everything that was asked for has been seen."""
+
+
+class _NeedsEager(Exception):
+    """What heads attend to cannot be told from queries and keys alone; the message says why."""
 
 
 def capture_head_outputs(
@@ -106,8 +114,11 @@ def attention_paid(
     """The share of each head's attention that the query rows pay to each segment's tokens.
 
     The probabilities are computed from the queries and keys as they enter attention (after rotary
-    embedding), for these heads and rows alone; the forward pass itself keeps SDPA. Calls wait for
-    each other; meanwhile other threads may use the model as usual.
+    embedding), for these heads and rows alone; the forward pass itself keeps SDPA. Where attention
+    is more than a softmax over scaled products (soft-capping, sinks, position biases) or does not
+    pass through transformers' registry, the model's own eager attention gives them, which keeps
+    all heads' probabilities of a layer in memory; it is logged. Calls wait for each other;
+    meanwhile other threads may use the model as usual, unless it has to be switched to eager.
 
     Args:
         query_rows: True for the tokens that pay; averaged over. ``[batch, tokens]``; a sample
@@ -120,8 +131,7 @@ def attention_paid(
 
     Raises:
         ValueError: a sample has no query row.
-        UnsupportedModelError: attention does not pass through transformers' registry, or is more
-            than a softmax over scaled products (soft-capping, sinks, biases).
+        UnsupportedModelError: its eager attention does not give its probabilities either.
     """
     if not bool(query_rows.bool().any(1).all()):
         raise ValueError("attention_paid: every sample needs at least one query row")
@@ -134,13 +144,23 @@ def attention_paid(
         query_rows=query_rows.to(device).bool(),
         membership=_one_hot(segments.to(device), n_segments),
     )
-    with _paid_attention(model), _collecting(collector), torch.inference_mode():
-        _run(model, input_ids, attention_mask)
+    if model not in _in_eager:
+        try:
+            with _paid_attention(model), _collecting(collector), torch.inference_mode():
+                _run(model, input_ids, attention_mask)
+        except _NeedsEager as reason:
+            log.warning(
+                "%s %s: what its heads attend to is read in eager mode, which is slower",
+                type(model).__name__,
+                reason,
+            )
+            _in_eager.add(model)
+    if model in _in_eager:
+        _pay_in_eager(model, layers, collector, input_ids, attention_mask)
     if not collector.has_all:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not compute its attention through transformers' "
-            "AttentionInterface, so that what heads attend to cannot be seen. "
-            "Choose a scorer that looks at head outputs."
+            f"{type(model).__name__} does not give its attention probabilities, so that what heads "
+            "attend to cannot be seen. Choose a scorer that looks at head outputs."
         )
     return _in_order(collector.paid, layers, heads)
 
@@ -166,7 +186,8 @@ def _gather(
         inside = torch.tensor([head for _, head in wanted[index]], device=_device_of(model))
 
         def read(inputs: Tensor) -> None:
-            outputs = inputs.view(*inputs.shape[:-1], layer.n_query_heads, layer.head_dim)
+            shape = (*inputs.shape[:-1], layer.n_query_heads, layer.head_dim)
+            outputs = inputs.reshape(shape)
             kept[index] = keep(outputs.index_select(2, inside))
             if index == deepest:
                 raise _Stop
@@ -198,7 +219,7 @@ def _silencer(
     heads = [head for _, head in inside]
 
     def silence(inputs: Tensor) -> Tensor:
-        quiet = inputs.clone()
+        quiet = inputs.clone(memory_format=torch.contiguous_format)
         by_head = quiet.view(*quiet.shape[:-1], layer.n_query_heads, layer.head_dim)
         by_head[..., heads, :] = 0
         return quiet
@@ -238,10 +259,19 @@ class _PaidCollector:
         q = query[:, heads].float()
         k = key[:, [head // per_group for head in heads]].float()
         rows, weights = _packed_rows(self.query_rows)
-        q = q.gather(2, rows[:, None, :, None].expand(-1, len(heads), -1, q.shape[-1]))
+        q = _of_rows(q, rows)
         logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         logits = _masked(logits, mask, rows)
-        mean = torch.einsum("bhrt,br->bht", logits.softmax(-1), weights)
+        self._keep(index, logits.softmax(-1), weights)
+
+    def see_probabilities(self, module: nn.Module, probabilities: Tensor) -> None:
+        """Of all heads, ``[batch, heads, tokens, tokens]``."""
+        index, heads = self.heads_by_module[id(module)]
+        rows, weights = _packed_rows(self.query_rows)
+        self._keep(index, _of_rows(probabilities[:, heads].float(), rows), weights)
+
+    def _keep(self, index: int, probabilities: Tensor, weights: Tensor) -> None:
+        mean = torch.einsum("bhrt,br->bht", probabilities, weights)
         self.paid[index] = mean @ self.membership
         if self.has_all:
             raise _Stop
@@ -249,6 +279,8 @@ class _PaidCollector:
 
 _current: ContextVar[_PaidCollector | None] = ContextVar("p2d_paid_collector", default=None)
 _switching = threading.Lock()
+_in_eager: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose attention was found to be more than `_attention_forward` can tell."""
 
 
 def _attention_forward(
@@ -267,10 +299,7 @@ def _attention_forward(
             name for name in ("softcap", "s_aux", "position_bias") if settings.get(name) is not None
         ]
         if beyond:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} computes attention with {', '.join(beyond)}, so that it "
-                "is more than a softmax. Choose a scorer that looks at head outputs."
-            )
+            raise _NeedsEager(f"computes attention with {', '.join(beyond)}")
         collector.see(module, query, key, attention_mask, settings.get("scaling"))
     outputs: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **settings
@@ -284,6 +313,8 @@ def _paid_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+    if not model._can_set_attn_implementation():
+        raise _NeedsEager("does not compute its attention through transformers' registry")
     with _switching:
         AttentionInterface.register(PAID, _attention_forward)
         # without a mask function of the same name, the mask would be lost
@@ -294,6 +325,30 @@ def _paid_attention(model: Any) -> Iterator[None]:
             yield
         finally:
             model.set_attn_implementation(before)
+
+
+def _pay_in_eager(
+    model: Any,
+    layers: Sequence[AttentionLayer],
+    collector: _PaidCollector,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> None:
+    """Lets the collector see the probabilities that eager attention gives beside its output."""
+
+    def hook(module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        if isinstance(outputs, tuple) and len(outputs) > 1 and isinstance(outputs[1], Tensor):
+            collector.see_probabilities(module, outputs[1])
+
+    with _switching, ExitStack() as undo, torch.inference_mode():
+        # where the registry is not used, transformers' own switch does nothing
+        before = model.config._attn_implementation
+        undo.callback(setattr, model.config, "_attn_implementation", before)
+        model.config._attn_implementation = "eager"
+        for index, _ in collector.heads_by_module.values():
+            attention = model.get_submodule(layers[index].name)
+            undo.callback(attention.register_forward_hook(hook).remove)
+        _run(model, input_ids, attention_mask, output_attentions=True)
 
 
 @contextmanager
@@ -317,6 +372,12 @@ def _packed_rows(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return rows, (place < counts) / counts
 
 
+def _of_rows(by_token: Tensor, rows: Tensor) -> Tensor:
+    """``[batch, heads, tokens, n]`` at each sample's rows, ``[batch, heads, rows, n]``."""
+    index = rows[:, None, :, None].expand(-1, by_token.shape[1], -1, by_token.shape[-1])
+    return by_token.gather(2, index)
+
+
 def _masked(logits: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
     """Logits ``[batch, heads, rows, tokens]`` with what a row may not see as low as can be."""
     n_tokens = logits.shape[-1]
@@ -326,8 +387,7 @@ def _masked(logits: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
         seen = torch.arange(n_tokens, device=rows.device) <= rows[..., None]
         return logits.masked_fill(~seen[:, None], lowest)
     mask = mask.expand(logits.shape[0], -1, -1, -1)
-    index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-    of_rows = mask.gather(2, index)[..., :n_tokens]
+    of_rows = _of_rows(mask, rows)[..., :n_tokens]
     if of_rows.dtype == torch.bool:
         return logits.masked_fill(~of_rows, lowest)
     return logits + of_rows.float()
@@ -341,7 +401,7 @@ def _one_hot(segments: Tensor, n_segments: int) -> Tensor:
 # -- running -----------------------------------------------------------------------------------
 
 
-def _run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
+def _run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> None:
     """Runs the backbone until a hook raises `_Stop`; dropout is off."""
     device = _device_of(model)
     mask = needed_mask(attention_mask)
@@ -351,7 +411,7 @@ def _run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
     if was_training:
         model.eval()
     try:
-        backbone(input_ids=input_ids.to(device), attention_mask=mask, use_cache=False)
+        backbone(input_ids=input_ids.to(device), attention_mask=mask, use_cache=False, **settings)
     except _Stop:
         pass
     finally:

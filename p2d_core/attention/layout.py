@@ -1,41 +1,74 @@
-"""Where each query head's slices are in a model's projection weights, found by structure."""
+"""Where each query head's slices are in a model's projection weights.
 
-from collections.abc import Iterable, Iterator, Sequence
+A layout is data: which module's weight, along which of its dimensions, and where each head begins.
+Separate, fused, interleaved and transposed weights differ in nothing else.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from p2d_core.attention.kv_groups import kv_group_of
-from p2d_core.errors import HeadMapError, UnsupportedModelError
+from p2d_core.errors import HeadMapError
 
-# the names that a role goes by in models whose projections are separate
-ROLE_NAMES = {
-    "q": ("q_proj",),
-    "k": ("k_proj",),
-    "v": ("v_proj",),
-    "o": ("o_proj", "out_proj", "dense"),
-}
+ROLES = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Where the heads of one role are: of ``starts[i]`` on, ``head_dim`` entries are head i's.
+
+    For q and o these are query heads, for k and v KV groups. ``dim`` is that of the weight along
+    which they lie: in a linear layer's weight ``[outputs, inputs]`` 0 for q, k and v and 1 for o;
+    in a transposed one (Conv1D) the other way round.
+    """
+
+    module: str
+    dim: int
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One self-attention; ``name``, ``q``, ``k``, ``v`` and ``o`` are module paths in the model."""
+    """One self-attention: ``name`` is its module path, ``roles`` says where q, k, v and o are."""
 
     index: int
     name: str
-    q: str
-    k: str
-    v: str
-    o: str
+    roles: Mapping[str, Projection]
     n_query_heads: int
     n_kv_groups: int
     head_dim: int
+    shares_norm: bool = False
+    """q or k are normalised over all heads at once, so that each head's rows act on all heads."""
+
+    @property
+    def q(self) -> str:
+        """Path of the module whose weight has the heads' q; the same as ``k`` where fused."""
+        return self.roles["q"].module
+
+    @property
+    def k(self) -> str:
+        return self.roles["k"].module
+
+    @property
+    def v(self) -> str:
+        return self.roles["v"].module
+
+    @property
+    def o(self) -> str:
+        return self.roles["o"].module
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules that have slices, each once."""
+        return tuple(dict.fromkeys(self.roles[role].module for role in ROLES))
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSlice:
-    """Rows (``dim`` 0, outputs) or columns (``dim`` 1, inputs) start..stop of a module's weight."""
+    """Rows (``dim`` 0) or columns (``dim`` 1) start..stop of a module's weight, as it is kept."""
 
     module: str
     dim: int
@@ -47,56 +80,33 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
     """Every self-attention of the model, in order.
 
     Raises:
-        UnsupportedModelError: there is none with separate q, k, v and o linear projections, their
-            shapes do not make heads, or the layers differ in heads.
+        UnsupportedModelError: there is none in which single heads can be found, or the layers
+            differ in heads.
     """
-    found = [
-        (name, module, roles)
-        for name, module in model.named_modules()
-        if (roles := _projections(name, module)) is not None
-    ]
-    if not found:
-        raise UnsupportedModelError(_nothing_found(model))
-    layers = tuple(
-        _layer(index, name, module, roles, model)
-        for index, (name, module, roles) in enumerate(found)
-    )
-    first = layers[0]
-    for layer in layers[1:]:
-        if _shape(layer) != _shape(first):
-            raise UnsupportedModelError(
-                f"{layer.name} has {_in_words(layer)}, but {first.name} has {_in_words(first)}. "
-                "Layers that differ in heads are not supported."
-            )
-    n_expected = getattr(_text_config(model), "num_hidden_layers", None)
-    if n_expected is not None and n_expected != len(layers):
-        raise UnsupportedModelError(
-            f"the model has {n_expected} layers, but separate q, k, v and o projections were found "
-            f"in {len(layers)} ({first.name} to {layers[-1].name}). Models in which only some "
-            "layers attend, or with a second stack of attention, are not supported."
-        )
-    return layers
+    from p2d_core.attention.structure import find_layers
+
+    return find_layers(model)
 
 
 def head_slices(
     layer: AttentionLayer, head: int, include_kv: bool = True
 ) -> dict[str, WeightSlice]:
-    """The slices of one query head: its q rows, its o columns, and its KV group's k and v rows.
+    """The slices of one query head: its q and o, and its KV group's k and v.
 
     Raises:
         HeadMapError: the layer has no such head.
     """
     if not 0 <= head < layer.n_query_heads:
         raise HeadMapError(
-            f"{layer.name} has no query head {head}: it has {_in_words(layer)}, counted from 0."
+            f"{layer.name} has no query head {head}: it has "
+            f"{in_words(layer.n_query_heads, layer.n_kv_groups, layer.head_dim)}, counted from 0."
         )
-    size = layer.head_dim
     group = kv_group_of(head, layer.n_query_heads, layer.n_kv_groups)
-    slices = {"q": WeightSlice(layer.q, 0, head * size, (head + 1) * size)}
-    if include_kv:
-        slices["k"] = WeightSlice(layer.k, 0, group * size, (group + 1) * size)
-        slices["v"] = WeightSlice(layer.v, 0, group * size, (group + 1) * size)
-    slices["o"] = WeightSlice(layer.o, 1, head * size, (head + 1) * size)
+    slices = {}
+    for role in ROLES if include_kv else ("q", "o"):
+        where = layer.roles[role]
+        start = where.starts[group if role in "kv" else head]
+        slices[role] = WeightSlice(where.module, where.dim, start, start + layer.head_dim)
     return slices
 
 
@@ -123,110 +133,41 @@ def all_heads(layers: Sequence[AttentionLayer]) -> list[tuple[int, int]]:
     return [(layer.index, head) for layer in layers for head in range(layer.n_query_heads)]
 
 
+def module_weights(model: nn.Module, layer: AttentionLayer) -> dict[str, Tensor]:
+    """Module path -> weight as it is kept, of the modules that have slices; each once."""
+    return {path: model.get_submodule(path).get_parameter("weight") for path in layer.modules}
+
+
+def by_role(weights: Mapping[str, Tensor], layer: AttentionLayer) -> dict[str, Tensor]:
+    """q, k, v ``[heads or groups * head_dim, d_model]`` and o ``[d_model, heads * head_dim]``.
+
+    The heads stand in order, however the weights keep them; parts that lie together are views.
+
+    Args:
+        weights: module path -> a tensor of its weight's shape.
+    """
+    found = {}
+    for role in ROLES:
+        where = layer.roles[role]
+        part = _part(weights[where.module], where, layer.head_dim)
+        heads_along = 1 if role == "o" else 0
+        found[role] = part if where.dim == heads_along else part.t()
+    return found
+
+
 def projection_weights(model: nn.Module, layer: AttentionLayer) -> dict[str, Tensor]:
-    """The weights of q, k, v ``[outputs, inputs]`` and o ``[inputs, outputs]`` of one layer."""
-    paths = {"q": layer.q, "k": layer.k, "v": layer.v, "o": layer.o}
-    return {role: model.get_submodule(path).get_parameter("weight") for role, path in paths.items()}
+    """The weights of one layer `by_role`."""
+    return by_role(module_weights(model, layer), layer)
 
 
-def _projections(name: str, module: nn.Module) -> dict[str, tuple[str, nn.Linear]] | None:
-    """Role -> (module path, linear), or None where the module is no attention of this structure."""
-    roles = {}
-    for role, candidates in ROLE_NAMES.items():
-        for child in candidates:
-            linear = getattr(module, child, None)
-            if isinstance(linear, nn.Linear):
-                roles[role] = (f"{name}.{child}" if name else child, linear)
-                break
-        else:
-            return None
-    return roles
+def in_words(n_query_heads: int, n_kv_groups: int, head_dim: int) -> str:
+    """What heads a layer has."""
+    return f"{n_query_heads} query heads of {head_dim} in {n_kv_groups} KV groups"
 
 
-def _layer(
-    index: int,
-    name: str,
-    module: nn.Module,
-    roles: dict[str, tuple[str, nn.Linear]],
-    model: nn.Module,
-) -> AttentionLayer:
-    q, k, v, o = (roles[role][1] for role in "qkvo")
-    head_dim = _head_dim(module, model)
-    fits = (
-        head_dim is not None
-        and q.out_features % head_dim == 0
-        and k.out_features % head_dim == 0
-        and k.out_features == v.out_features
-        and o.in_features == q.out_features
-        and k.in_features == q.in_features == v.in_features == o.out_features
-        and q.out_features % k.out_features == 0
-    )
-    if head_dim is None or not fits:
-        raise UnsupportedModelError(
-            f"the projections of {name} do not divide into heads of {head_dim}: "
-            f"{_shapes(roles[role] for role in 'qkvo')}."
-        )
-    return AttentionLayer(
-        index,
-        name,
-        roles["q"][0],
-        roles["k"][0],
-        roles["v"][0],
-        roles["o"][0],
-        n_query_heads=q.out_features // head_dim,
-        n_kv_groups=k.out_features // head_dim,
-        head_dim=head_dim,
-    )
-
-
-def _head_dim(module: nn.Module, model: nn.Module) -> int | None:
-    """From the attention module itself, else from the model's config."""
-    if isinstance(size := getattr(module, "head_dim", None), int):
-        return size
-    config = _text_config(model)
-    if isinstance(size := getattr(config, "head_dim", None), int):
-        return size
-    width = getattr(config, "hidden_size", None)
-    n_heads = getattr(config, "num_attention_heads", None)
-    return width // n_heads if isinstance(width, int) and isinstance(n_heads, int) else None
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _shape(layer: AttentionLayer) -> tuple[int, int, int]:
-    return layer.n_query_heads, layer.n_kv_groups, layer.head_dim
-
-
-def _in_words(layer: AttentionLayer) -> str:
-    return f"{layer.n_query_heads} query heads of {layer.head_dim} in {layer.n_kv_groups} KV groups"
-
-
-def _nothing_found(model: nn.Module) -> str:
-    """Names what looks most like attention, so that the reader sees what was not understood."""
-    wanted = "Separate linear projections q_proj, k_proj, v_proj and o_proj (or out_proj, dense)"
-    for name, module in model.named_modules():
-        if "attention" in type(module).__name__.lower():
-            weighted = list(_weighted(name, module))
-            if weighted:
-                return (
-                    f"the attention {name} ({type(module).__name__}) has a structure in which "
-                    f"single heads cannot be found: {_shapes(weighted)}. {wanted} are supported."
-                )
-    return f"no attention was found in {type(model).__name__}. {wanted} are supported."
-
-
-def _weighted(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for child, part in module.named_modules():
-        if isinstance(getattr(part, "weight", None), Tensor):
-            yield f"{name}.{child}", part
-
-
-def _shapes(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    return ", ".join(
-        f"{path.rpartition('.')[2]} {type(module).__name__} {list(module.weight.shape)}"
-        for path, module in modules
-        if isinstance(module.weight, Tensor)
-    )
+def _part(weight: Tensor, where: Projection, size: int) -> Tensor:
+    first, n = where.starts[0], len(where.starts) * size
+    if where.starts == tuple(range(first, first + n, size)):
+        return weight if n == weight.shape[where.dim] else weight.narrow(where.dim, first, n)
+    index = [start + i for start in where.starts for i in range(size)]
+    return weight.index_select(where.dim, torch.tensor(index, device=weight.device))

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from p2d_core.attention.layout import AttentionLayer, projection_weights
+from p2d_core.attention.layout import AttentionLayer, by_role, module_weights
 from p2d_core.heads.ranking import RankingEvidence, rankers
 
 
@@ -24,24 +24,23 @@ class Frobenius:
         proxy = evidence.tuned()
         scores = evidence.empty_scores()
         for done, layer in enumerate(evidence.layers, start=1):
-            base = projection_weights(evidence.model, layer)
-            paths = {"q": layer.q, "k": layer.k, "v": layer.v, "o": layer.o}
+            weights = module_weights(evidence.model, layer)
             change = {
-                role: proxy.patched(paths[role], weight).float() - weight.float()
-                for role, weight in base.items()
+                path: proxy.patched(path, weight).float() - weight.float()
+                for path, weight in weights.items()
             }
-            ratio = sums_of_squares(change, layer) / sums_of_squares(base, layer)
+            ratio = sums_of_squares(change, layer) / sums_of_squares(weights, layer)
             # slices that are all zero and stay so have not moved
             scores[layer.index] = ratio.nan_to_num(nan=0.0).sqrt()
             evidence.progress(done, len(evidence.layers))
         return scores
 
 
-def sums_of_squares(matrices: dict[str, Tensor], layer: AttentionLayer) -> Tensor:
+def sums_of_squares(weights: dict[str, Tensor], layer: AttentionLayer) -> Tensor:
     """Over each head's q, k, v and o slices together.
 
     Args:
-        matrices: shaped like the layer's projection weights.
+        weights: module path -> a tensor of its weight's shape.
 
     Returns:
         ``[n_query_heads]`` in float64, on the CPU.
@@ -51,6 +50,7 @@ def sums_of_squares(matrices: dict[str, Tensor], layer: AttentionLayer) -> Tenso
         squares = matrix.float().square().sum(1 - dim, dtype=torch.float64)
         return squares.view(-1, layer.head_dim).sum(1).cpu()
 
+    matrices = by_role(weights, layer)
     shared = per_block(matrices["k"], 0) + per_block(matrices["v"], 0)
     own = per_block(matrices["q"], 0) + per_block(matrices["o"], 1)
     return own + shared.repeat_interleave(layer.n_query_heads // layer.n_kv_groups)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from p2d_core.attention.layout import AttentionLayer, projection_weights
+from p2d_core.attention.layout import AttentionLayer, by_role, module_weights
 from p2d_core.heads.frobenius import sums_of_squares
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.heads.response_loss import batches, summed_loss
@@ -27,12 +27,13 @@ class Gradient:
         """In nats a token and unit of weight."""
         samples = evidence.checked_samples()
         model, layers = evidence.model, evidence.layers
-        weights = [projection_weights(model, layer) for layer in layers]
+        weights = [module_weights(model, layer) for layer in layers]
         n_tokens = sum(sample.n_response for sample in samples)
         n_batches = sum(1 for _ in batches(samples, evidence.batch_size))
         # float32 sums: gradients of many batches in bf16 would swallow the small ones
         sums = [
-            {r: torch.zeros_like(w, dtype=torch.float32) for r, w in of.items()} for of in weights
+            {path: torch.zeros_like(w, dtype=torch.float32) for path, w in of.items()}
+            for of in weights
         ]
         moved = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         was_training = model.training
@@ -61,8 +62,9 @@ class Gradient:
         return scores
 
 
-def n_values(layer: AttentionLayer, matrices: dict[str, Tensor]) -> int:
+def n_values(layer: AttentionLayer, weights: dict[str, Tensor]) -> int:
     """How many weights one head's q, k, v and o slices have together."""
+    matrices = by_role(weights, layer)
     return sum(layer.head_dim * matrices[role].shape[1] for role in "qkv") + (
         layer.head_dim * matrices["o"].shape[0]
     )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p2d_core.attention.layout import projection_weights
+from p2d_core.attention.layout import by_role, module_weights
 from p2d_core.errors import HeadMapError, SettingsError
 from p2d_core.heads.ranking import RankingEvidence, rankers
 
@@ -50,9 +50,9 @@ class Spad:
         scores = evidence.empty_scores()
         scratch: Tensor | None = None
         for done, layer in enumerate(evidence.layers, start=1):
-            base = projection_weights(evidence.model, layer)
-            paths = {"q": layer.q, "k": layer.k, "v": layer.v}
-            tuned = {role: proxy.patched(path, base[role]) for role, path in paths.items()}
+            weights = module_weights(evidence.model, layer)
+            base = by_role(weights, layer)
+            tuned = by_role({path: proxy.patched(path, w) for path, w in weights.items()}, layer)
             per_group = layer.n_query_heads // layer.n_kv_groups
             for group in range(layer.n_kv_groups):
                 of_group = slice(group * per_group, (group + 1) * per_group)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import Qwen2Config
+from transformers.pytorch_utils import Conv1D
 
-from p2d_core.adaptation.masked import SlicedLinear, attach_head_deltas
+from p2d_core.adaptation.masked import Sliced, attach_head_deltas, sliced
 from p2d_core.attention.layout import all_heads, attention_layers, slices_of
 from p2d_core.errors import HeadMapError, TrainingError
 from tests.tiny import tiny, tiny_llama, token_batch
@@ -97,28 +98,30 @@ def test_the_gradient_is_right_away_from_zero_too():
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([0, 1]),
-    st.booleans(),
+    st.sampled_from(["bias", "no bias", "transposed"]),
     st.sets(st.integers(0, 5), min_size=1),
     st.integers(0, 1000),
 )
-def test_the_product_and_its_gradients_are_those_of_the_whole_weight(dim, bias, chosen, seed):
+def test_the_product_and_its_gradients_are_those_of_the_whole_weight(dim, kind, chosen, seed):
     generator = torch.Generator().manual_seed(seed)
-    linear = nn.Linear(6, 6, bias=bias).double()
+    transposed = kind == "transposed"
+    linear = Conv1D(7, 6) if transposed else nn.Linear(6, 7, bias=kind == "bias")
+    linear = linear.double()
     index = torch.tensor(sorted(chosen))
-    sliced = SlicedLinear(linear, dim, index)
+    module = sliced(linear, dim, index)
     with torch.no_grad():
-        sliced.delta.normal_(generator=generator)
-    whole = linear.weight.detach().index_add(dim, index, sliced.delta.detach()).requires_grad_()
+        module.delta.normal_(generator=generator)
+    whole = linear.weight.detach().index_add(dim, index, module.delta.detach()).requires_grad_()
     inputs = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     same = inputs.detach().clone().requires_grad_()
-    outputs = sliced(inputs)
-    expected = nn.functional.linear(same, whole, linear.bias)
+    outputs = module(inputs)
+    expected = nn.functional.linear(same, whole.t() if transposed else whole, linear.bias)
     torch.testing.assert_close(outputs, expected)
     weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
     (outputs * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(inputs.grad, same.grad)
-    torch.testing.assert_close(sliced.delta.grad, whole.grad.index_select(dim, index))
+    torch.testing.assert_close(module.delta.grad, whole.grad.index_select(dim, index))
 
 
 @pytest.mark.parametrize("include_kv", [True, False])
@@ -132,7 +135,7 @@ def test_after_training_only_the_slices_differ_bit_for_bit(include_kv):
         # while it trains too
         assert torch.equal(model.get_parameter(name)[~masks[name]], weight[~masks[name]])
     deltas.detach(merge=True)
-    assert not any(isinstance(module, SlicedLinear) for module in model.modules())
+    assert not any(isinstance(module, Sliced) for module in model.modules())
     for name, weight in model.named_parameters():
         assert torch.equal(weight[~masks[name]], before[name][~masks[name]])
         assert bool((weight[masks[name]] != before[name][masks[name]]).all())

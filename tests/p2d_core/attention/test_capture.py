@@ -1,8 +1,9 @@
+import logging
 import threading
 
 import pytest
 import torch
-from transformers import Gemma2Config, MistralConfig, Qwen2Config
+from transformers import MistralConfig, Qwen2Config
 
 from p2d_core.attention.capture import (
     attention_paid,
@@ -12,6 +13,7 @@ from p2d_core.attention.capture import (
 )
 from p2d_core.attention.layout import attention_layers, head_slices
 from p2d_core.errors import HeadMapError, UnsupportedModelError
+from tests.families import family_model
 from tests.tiny import tiny, tiny_llama, token_batch
 
 HEADS = [(1, 3), (0, 2), (1, 0)]
@@ -244,21 +246,45 @@ def test_a_sample_without_query_rows_is_refused():
         attention_paid(model, attention_layers(model), HEADS, ids, mask, rows, segments, 2)
 
 
-def test_soft_capped_attention_is_refused_and_the_model_restored():
-    model = tiny(
-        Gemma2Config(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
-    )
-    before = model.config._attn_implementation
+def test_soft_capped_attention_is_read_in_eager_mode_and_that_is_said_once(caplog):
+    model = family_model("gemma2")
+    layers = attention_layers(model)
     ids, mask = token_batch(LENGTHS)
     rows, segments = query_and_segments(mask, "right")
-    with pytest.raises(UnsupportedModelError, match=r"Gemma2Attention.*softcap"):
-        attention_paid(model, attention_layers(model), HEADS, ids, mask, rows, segments, 2)
-    assert model.config._attn_implementation == before
+    with caplog.at_level(logging.WARNING, logger="p2d_core"):
+        for _ in range(2):
+            got = attention_paid(model, layers, HEADS, ids, mask, rows, segments, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Gemma2ForCausalLM computes attention with softcap: what its heads attend to is read in "
+        "eager mode, which is slower"
+    ]
+    by_hand = paid_by_hand(model, ids, mask, HEADS, rows, segments, 2)
+    torch.testing.assert_close(got, by_hand, atol=1e-6, rtol=1e-5)
+
+
+def test_reading_in_eager_mode_stops_at_the_deepest_head_and_restores_the_model():
+    model = family_model("falcon, multi-query")
+    layers = attention_layers(model)
+    ran = []
+    model.transformer.h[1].mlp.register_forward_hook(lambda *_: ran.append("deeper"))
+    ids, mask = token_batch(LENGTHS)
+    rows, segments = query_and_segments(mask, "right")
+    attention_paid(model, layers, [(0, 2)], ids, mask, rows, segments, 2)
+    assert ran == []
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.get_submodule(layers[0].name)._forward_hooks
+
+
+def test_attention_that_gives_no_probabilities_is_refused():
+    model = family_model("bloom")
+    layers = attention_layers(model)
+    for layer in layers:
+        attention = model.get_submodule(layer.name)
+        attention.register_forward_hook(lambda _module, _given, outputs: (outputs[0], None))
+    ids, mask = token_batch(LENGTHS)
+    rows, segments = query_and_segments(mask, "right")
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"BloomForCausalLM does not give its attention probabilities.*looks at head outputs",
+    ):
+        attention_paid(model, layers, HEADS, ids, mask, rows, segments, 2)

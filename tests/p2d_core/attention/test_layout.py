@@ -4,12 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
-    DeepseekV3Config,
-    GPT2Config,
-    GPTNeoXConfig,
     MistralConfig,
     OPTConfig,
-    Phi3Config,
     Qwen2Config,
     Qwen3NextConfig,
 )
@@ -89,41 +85,45 @@ def test_other_families_with_separate_projections_are_found(config, n_kv_groups)
     }
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            GPT2Config(vocab_size=50, n_embd=64, n_layer=1, n_head=8),
-            r"transformer\.h\.0\.attn \(GPT2Attention\).*c_attn Conv1D \[64, 192\]",
-        ),
-        (
-            GPTNeoXConfig(**SMALL),
-            r"gpt_neox\.layers\.0\.attention.*query_key_value Linear \[192, 64\]",
-        ),
-        (Phi3Config(**SMALL), r"model\.layers\.0\.self_attn.*qkv_proj Linear \[192, 64\]"),
-        (
-            DeepseekV3Config(
-                **SMALL,
-                kv_lora_rank=16,
-                q_lora_rank=16,
-                qk_rope_head_dim=8,
-                qk_nope_head_dim=8,
-                v_head_dim=8,
-                n_routed_experts=2,
-                num_experts_per_tok=1,
-                n_group=1,
-                topk_group=1,
-                moe_intermediate_size=8,
-                first_k_dense_replace=2,
-            ),
-            r"model\.layers\.0\.self_attn \(DeepseekV3Attention\).*kv_b_proj Linear \[128, 16\]",
-        ),
-    ],
-    ids=["gpt2", "gpt_neox", "phi3", "deepseek_v3"],
-)
-def test_another_structure_is_refused_with_its_module_and_shapes(config, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        attention_layers(tiny(config))
+def test_a_feed_forward_layer_of_the_same_shapes_is_no_attention():
+    # gate and up give 8 + 2 x 4 heads' worth together, and down takes 8: as q, k, v and o do
+    layers = attention_layers(tiny_llama(intermediate_size=64))
+    assert [layer.name for layer in layers] == [f"model.layers.{i}.self_attn" for i in range(3)]
+
+
+def test_heads_whose_rows_do_not_stand_together_are_refused(monkeypatch):
+    model = tiny_llama()
+    forward = type(model.model.layers[0].self_attn).forward
+
+    def strided(attention, *given, **named):
+        with monkeypatch.context() as inside:
+            plain = attention.q_proj.forward
+
+            def spread(inputs):
+                return plain(inputs).unflatten(-1, (8, 8)).transpose(-1, -2).flatten(-2)
+
+            inside.setattr(attention.q_proj, "forward", spread)
+            return forward(attention, *given, **named)
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", strided)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.0\.self_attn.*Head 0's q is made of q_proj 0, 8, 16, \.\.\., and not of 8",
+    ):
+        attention_layers(model)
+
+
+def test_attention_that_cannot_be_run_alone_is_refused_with_the_reason(monkeypatch):
+    model = tiny_llama()
+
+    def by_weight(attention, hidden_states, **named):
+        return nn.functional.linear(hidden_states, attention.q_proj.weight), None
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", by_weight)
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.self_attn.*It cannot be run alone: AttributeError"
+    ):
+        attention_layers(model)
 
 
 def test_a_model_in_which_only_some_layers_attend_is_refused():
