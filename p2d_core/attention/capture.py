@@ -131,7 +131,8 @@ def attention_paid(
 
     Raises:
         ValueError: a sample has no query row.
-        UnsupportedModelError: its eager attention does not give its probabilities either.
+        UnsupportedModelError: its eager attention does not give its probabilities either, or is
+            not the same attention.
     """
     if not bool(query_rows.bool().any(1).all()):
         raise ValueError("attention_paid: every sample needs at least one query row")
@@ -149,6 +150,7 @@ def attention_paid(
             with _paid_attention(model), _collecting(collector), torch.inference_mode():
                 _run(model, input_ids, attention_mask)
         except _NeedsEager as reason:
+            _check_eager_is_the_same(model, layers, input_ids, attention_mask)
             log.warning(
                 "%s %s: what its heads attend to is read in eager mode, which is slower",
                 type(model).__name__,
@@ -340,15 +342,50 @@ def _pay_in_eager(
         if isinstance(outputs, tuple) and len(outputs) > 1 and isinstance(outputs[1], Tensor):
             collector.see_probabilities(module, outputs[1])
 
-    with _switching, ExitStack() as undo, torch.inference_mode():
-        # where the registry is not used, transformers' own switch does nothing
-        before = model.config._attn_implementation
-        undo.callback(setattr, model.config, "_attn_implementation", before)
-        model.config._attn_implementation = "eager"
+    with _eager(model), ExitStack() as undo, torch.inference_mode():
         for index, _ in collector.heads_by_module.values():
             attention = model.get_submodule(layers[index].name)
             undo.callback(attention.register_forward_hook(hook).remove)
         _run(model, input_ids, attention_mask, output_attentions=True)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Inside, the model's attention is eager; where it has no other, it is left alone."""
+    with _switching:
+        before = model.config._attn_implementation
+        # where the registry is not used, transformers' own switch does nothing
+        model.config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = before
+
+
+def _check_eager_is_the_same(
+    model: Any, layers: Sequence[AttentionLayer], input_ids: Tensor, attention_mask: Tensor
+) -> None:
+    """That the first layer gives the same both ways, for the first sample.
+
+    Raises:
+        UnsupportedModelError: it does not, as in transformers 5.23 for Falcon with ALiBi.
+    """
+    usual = str(model.config._attn_implementation)
+    if usual == "eager":
+        return
+    first = [(0, head) for head in range(layers[0].n_query_heads)]
+    sample = input_ids[:1], attention_mask[:1]
+    outputs = capture_head_outputs(model, layers, first, *sample)
+    with _eager(model):
+        eager = capture_head_outputs(model, layers, first, *sample)
+    real = attention_mask[0].bool().to(outputs.device)
+    off = (outputs - eager)[0, real].abs().max() / outputs[0, real].abs().max()
+    if off > 0.05:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s eager attention is not its {usual} attention (outputs are "
+            f"{float(off):.0%} off), so that what heads attend to cannot be seen. "
+            "Choose a scorer that looks at head outputs."
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from p2d_core.attention.layout import AttentionLayer, Projection, in_words
-from p2d_core.attention.probe import NotTraced, Traced, trace
+from p2d_core.attention.probe import NotTraced, trace
 from p2d_core.errors import UnsupportedModelError
 
 SEE = "docs/families.md says which structures are recognised."
@@ -26,9 +26,9 @@ def find_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
         UnsupportedModelError: there is none in which single heads can be found, or the layers
             differ in heads.
     """
-    found = list(_attentions(model))
-    layers = []
     layouts: dict[Any, _Layout] = {}
+    found = list(_attentions(model, layouts))
+    layers = []
     for index, each in enumerate(found):
         if index and each.heads != found[0].heads:
             raise UnsupportedModelError(
@@ -36,7 +36,7 @@ def find_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
                 "Layers that differ in heads are not supported."
             )
         if each.signature not in layouts:
-            layouts[each.signature] = _traced(model, each)
+            layouts[each.signature] = _layout_or_refusal(model, each)
         layers.append(layouts[each.signature].layer(index, each))
     n_expected = getattr(_text_config(model), "num_hidden_layers", None)
     if n_expected is not None and n_expected != len(layers):
@@ -84,8 +84,11 @@ class _Found:
         )
 
 
-def _attentions(model: nn.Module) -> Iterator[_Found]:
-    """In order; of a class whose first module turns out to be no attention, none."""
+def _attentions(model: nn.Module, layouts: dict[Any, "_Layout"]) -> Iterator[_Found]:
+    """In order; of a class whose first module turns out to be no attention, none.
+
+    ``layouts`` is given the layout of each signature that was looked at, to be looked at once.
+    """
     kinds: dict[type[nn.Module], bool] = {}
     why: tuple[str, nn.Module, str] | None = None
     n_found = 0
@@ -104,7 +107,7 @@ def _attentions(model: nn.Module) -> Iterator[_Found]:
         each = _Found(name, module, projections, heads)
         if type(module) not in kinds:
             try:
-                _layout(trace(model, module, _outputs(projections), heads.n_query_heads), heads)
+                layouts[each.signature] = _layout(model, each)
                 kinds[type(module)] = True
             except NotTraced as error:
                 kinds[type(module)] = False
@@ -212,22 +215,22 @@ class _Layout:
         )
 
 
-def _traced(model: nn.Module, found: _Found) -> _Layout:
+def _layout_or_refusal(model: nn.Module, found: _Found) -> _Layout:
     try:
-        outputs = _outputs(found.projections)
-        return _layout(trace(model, found.module, outputs, found.heads.n_query_heads), found.heads)
+        return _layout(model, found)
     except NotTraced as error:
-        raise UnsupportedModelError(
-            _refusal(model, (found.name, found.module, str(error)))
-        ) from error
+        why = (found.name, found.module, str(error))
+        raise UnsupportedModelError(_refusal(model, why)) from error
 
 
-def _layout(traced: Traced, heads: _Heads) -> _Layout:
+def _layout(model: nn.Module, found: _Found) -> _Layout:
     """Every head's q, and every KV group's k and v, as one run of ``head_dim`` outputs.
 
     Raises:
         NotTraced: they are not.
     """
+    heads = found.heads
+    traced = trace(model, found.module, _outputs(found.projections), heads.n_query_heads)
     starts: dict[str, tuple[str, tuple[int, ...]]] = {}
     per_group = heads.n_query_heads // heads.n_kv_groups
     for role, by_head in traced.made_of.items():

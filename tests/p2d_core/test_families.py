@@ -1,6 +1,7 @@
 """What holds for every family of models; `tests/families.py` has the rows."""
 
 import copy
+import json
 from functools import cache
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers as hf
 from peft import PeftModel
 
+from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.exact_lora import export_lora
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.slices import TunedSlices
@@ -20,6 +22,7 @@ from p2d_core.attention.capture import (
 from p2d_core.attention.kv_groups import kv_group_of
 from p2d_core.attention.layout import all_heads, attention_layers, head_slices, slices_of
 from p2d_core.errors import UnsupportedModelError
+from p2d_core.heads.head_map import HeadMap
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.response_loss import batch_loss, token_losses
 from p2d_core.samples.tokens import EncodedSample
@@ -32,6 +35,7 @@ from tests.families import (
     SMALL,
     WIDTH,
     family_model,
+    last_of_each,
 )
 from tests.tiny import tiny, token_batch
 
@@ -336,6 +340,8 @@ def test_stock_peft_gives_the_tuned_models_logits_and_merges_to_its_weights(fami
     tuned = deltas.tuned()
     deltas.detach(merge=True)
     export_lora(tuned, family_model(family), tmp_path / "adapter", "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == FAMILIES[family].transposed  # else PEFT warns, and sets it
     loaded = PeftModel.from_pretrained(family_model(family), tmp_path / "adapter").eval()
     expected = logits_of(model, ids, mask)
     torch.testing.assert_close(logits_of(loaded, ids, mask), expected, atol=1e-5, rtol=1e-5)
@@ -365,6 +371,29 @@ def test_token_losses_are_those_of_the_models_full_logits(family, side):
     assert torch.equal(wanted, given["labels"][:, 1:] != -100)
     torch.testing.assert_close(losses[wanted], by_hand[wanted], atol=1e-5, rtol=1e-5)
     assert not losses[~wanted].any()
+
+
+@every_family
+@pytest.mark.parametrize("name", ["heads", "attention", "lora"])
+def test_what_an_adaptation_lets_move_learns(family, name):
+    model, layers = family_model(family), layers_of(family)
+    scores = torch.zeros(N_LAYERS, N_HEADS)
+    scores[1, 3] = 1
+    heads = HeadMap.from_scores(scores, FAMILIES[family].n_kv_groups, 1 / scores.numel())
+    attached = adaptations.make(name, {}).attach(model, layers, heads, "base")
+    moving = [p for p in attached.model.parameters() if p.requires_grad]
+    before = float(batch_loss(attached.model, batch()))
+    optimizer = torch.optim.AdamW(moving, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        batch_loss(attached.model, batch()).backward()
+        assert all(p.grad is not None for p in moving)
+        optimizer.step()
+    assert float(batch_loss(attached.model, batch())) < before
+    n_own = HEAD_DIM * WIDTH  # of one role of one head
+    whole = (2 * N_HEADS + 2 * FAMILIES[family].n_kv_groups) * n_own * N_LAYERS
+    wanted = {"heads": 4 * n_own, "attention": whole}
+    assert name == "lora" or sum(p.numel() for p in moving) == wanted[name]
 
 
 # -- refused -----------------------------------------------------------------------------------
@@ -402,3 +431,24 @@ def test_gated_attention_in_some_layers_only_is_refused():
         UnsupportedModelError, match=rf"Qwen3NextAttention.*q_proj Linear \[{2 * WIDTH}, {WIDTH}\]"
     ):
         attention_layers(tiny(config))
+
+
+def test_attention_is_not_read_in_eager_mode_where_that_is_another_attention():
+    # transformers' Falcon adds its position biases once with SDPA and twice without
+    config = hf.FalconConfig(**SMALL, ffn_hidden_size=96, multi_query=False, alibi=True)
+    model = tiny(config)
+    layers = attention_layers(model)
+    ids, mask = token_batch(LENGTHS)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"FalconForCausalLM's eager attention is not its sdpa attention.*looks at head outp",
+    ):
+        attention_paid(model, layers, HEADS, ids, mask, mask, mask - 1, 1)
+    assert model.config._attn_implementation == "sdpa"
+    # a first token sees itself alone, whatever the biases
+    attention = model.get_submodule(layers[0].name)
+    given = []
+    attention.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
+    got = capture_head_outputs(model, layers, [(0, 5)], ids, mask)
+    values = last_of_each("query_key_value", N_HEADS)(attention, given[0].clone())
+    torch.testing.assert_close(got[:, 0, 0], values[:, 0, 5], atol=1e-5, rtol=1e-5)
