@@ -126,7 +126,7 @@ class ScoringSettings(_Settings):
     """How every sample of the corpus gets its affinity."""
 
     scorer: str = "head-filter"
-    """head-filter, head-activation, loss-shift, icl-attention, tfidf, or random."""
+    """head-filter (default), another of those in p2d_core/affinity, or sum (of several)."""
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"
