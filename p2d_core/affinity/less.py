@@ -35,15 +35,15 @@ class Less:
     """Mean cosine of the step that Adam would make on a sample to the proxy samples' gradients.
 
     Gradients are those of a LoRA of q, k, v and o in every layer, randomly projected. A short
-    warm-up makes the LoRA and Adam's moments.
+    warm-up makes the LoRA and Adam's second moment.
 
     Costs the warm-up, once a process, then a forward and a backward pass a sample; its measurement
     has 2 bytes for each of the dimensions. Another target measures everything again.
 
-    Source: LESS, arXiv 2402.04333. Differs in that there is one checkpoint and not one an epoch,
-    that the warm-up is on the proxy samples and not on 5% of the corpus (so that it does not depend
-    on what else the corpus holds), that the projection is a count sketch, and that a cosine is
-    averaged over all proxy samples, which are one task.
+    Source: LESS, arXiv 2402.04333. Differs: one checkpoint and not one an epoch; a warm-up on the
+    proxy samples and not on 5% of the corpus, so that a sample's affinity does not depend on the
+    others; no first moment of Adam, which after such a warm-up points to the target and would draw
+    along every sample that has a small gradient of its own; a count sketch for the projection.
     """
 
     rank: Annotated[int, Field(ge=1)] = 8
@@ -70,7 +70,7 @@ class Less:
     needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
-        """The LoRA's ``a.N`` and ``b.N``, Adam's ``moment`` and ``square``, and ``proxy``.
+        """The LoRA's ``a.N`` and ``b.N``, Adam's second moment ``square``, and ``proxy``.
 
         ``proxy`` are the proxy samples' gradients, projected, [n_proxy, dimensions].
         """
@@ -119,21 +119,19 @@ class Less:
                         model.model, {k: v.to(model.device) for k, v in batch.items()}
                     )
                     adam.zero_grad()
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
                     adam.step()
         state = lora.state()
-        for name, kept in (("moment", "exp_avg"), ("square", "exp_avg_sq")):
-            parts = [adam.state[p][kept].flatten() for path in lora.a for p in lora.of(path)]
-            state[name] = torch.cat(parts).cpu()
-        return state
+        parts = [adam.state[p]["exp_avg_sq"].flatten() for path in lora.a for p in lora.of(path)]
+        return state | {"square": torch.cat(parts).cpu()}
 
     def _vectors(
         self, model: CapturedModel, state: ScorerState, samples: Sequence[Sample], *, as_adam: bool
     ) -> Tensor:
         """Unit vectors, ``[n, dimensions]`` float32 on the CPU."""
         lora = _Lora.of_state(model, state, self.alpha / self.rank)
-        moment, square = (state[name].to(model.device) for name in ("moment", "square"))
-        sketch = Sketch(len(moment), self.dimensions, self.seed)
+        square = state["square"].to(model.device)
+        sketch = Sketch(len(square), self.dimensions, self.seed)
 
         def of(batch: dict[str, Tensor]) -> Tensor:
             rows = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -146,7 +144,7 @@ class Less:
                 for some in few_at_once(len(vectors), stop - start):
                     values = lora.gradient(path, inputs[some].float(), grads[some].float())
                     if as_adam:
-                        values = _adam_step(values, moment[start:stop], square[start:stop])
+                        values = _adam_step(values, square[start:stop])
                     sketch.add(vectors[some], values, start)
                 start = stop
             return normalize(vectors, dim=1)
@@ -162,10 +160,8 @@ _prepared: WeakKeyDictionary[Any, tuple[Any, ScorerState]] = WeakKeyDictionary()
 """What was prepared last for a model, and what was asked for."""
 
 
-def _adam_step(gradient: Tensor, moment: Tensor, square: Tensor) -> Tensor:
-    first = BETA1 * moment + (1 - BETA1) * gradient
-    second = BETA2 * square + (1 - BETA2) * gradient.square()
-    return first / (second + EPSILON).sqrt()
+def _adam_step(gradient: Tensor, square: Tensor) -> Tensor:
+    return gradient / (BETA2 * square + (1 - BETA2) * gradient.square() + EPSILON).sqrt()
 
 
 @dataclass(eq=False)
