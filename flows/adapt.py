@@ -21,15 +21,16 @@ from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
 from p2d_core.errors import HeadMapError
+from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
-from tasks.heads import head_map_in, rank_heads
+from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.measurements import measure, measurer_of, n_steps, scorer_step
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
 from tasks.proxy import head_proxy_run, proxy_run
 from tasks.record import record
-from tasks.samples import assemble, read_source, shards_of, split_target
+from tasks.samples import assemble, read_source, redraw_target, shards_of, split_target
 from tasks.scores import score
 from tasks.stage import Plugin, Runtime
 from tasks.subset import draw_subset
@@ -119,20 +120,10 @@ def read_data(run: Run) -> Data:
     """Samples: every source into shards; the target into its parts; the corpus."""
     inputs, settings, runtime = run.inputs, run.settings, run.runtime
     with run.ledger.stage("samples") as made:
-        evaluation = retention = None
-        if inputs.evaluation is not None:
-            evaluation = read_source(runtime, inputs.evaluation)
+        retention = None
         if inputs.retention is not None:
             retention = read_source(runtime, inputs.retention)
-        target = split_target(
-            runtime,
-            target=read_source(runtime, inputs.target),
-            evaluation=evaluation,
-            n_proxy=settings.proxy.samples,
-            n_held_out=settings.proxy.held_out,
-            n_evaluation=settings.evaluation.samples,
-            seed=settings.seed,
-        )
+        target, evaluation = read_target(run)
         corpus = assemble(
             runtime,
             sources=[read_source(runtime, each) for each in inputs.corpus],
@@ -142,6 +133,24 @@ def read_data(run: Run) -> Data:
         )
         made += [target, corpus]
     return Data(target, corpus, evaluation or target, retention)
+
+
+def read_target(run: Run) -> tuple[ArtifactRef, ArtifactRef | None]:
+    """The target in its parts, and the evaluation samples if they have a source of their own."""
+    inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    evaluation = None
+    if inputs.evaluation is not None:
+        evaluation = read_source(runtime, inputs.evaluation)
+    target = split_target(
+        runtime,
+        target=read_source(runtime, inputs.target),
+        evaluation=evaluation,
+        n_proxy=settings.proxy.samples,
+        n_held_out=settings.proxy.held_out,
+        n_evaluation=settings.evaluation.samples,
+        seed=settings.seed,
+    )
+    return target, evaluation
 
 
 def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:
@@ -173,21 +182,38 @@ def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
 
 
 def find_heads(run: Run, data: Data) -> ArtifactRef:
-    """Proxy run, where the ranker wants one, and head ranking."""
+    """Proxy run, where the ranker wants one, and head ranking; on several draws if asked for."""
+    inputs = run.inputs
+    targets = draws_of(run, data.target, run.settings.heads.average_over)
+    maps = [rank_on(run, target, inputs.ranker) for target in targets]
+    if len(maps) == 1:
+        return maps[0]
+    with run.ledger.stage("heads") as made:
+        heads = average_heads(
+            run.runtime, inputs.base, draws=maps, ranker=inputs.ranker, pick=inputs.pick
+        )
+        made.append(heads)
+    return heads
+
+
+def draws_of(run: Run, target: ArtifactRef, n: int) -> list[ArtifactRef]:
+    """The target, and then the same with other proxy sets; ``n`` in all."""
+    with run.ledger.stage("samples") as made:
+        made += [redraw_target(run.runtime, target=target, draw=draw) for draw in range(1, n)]
+    return [target, *made]
+
+
+def rank_on(run: Run, target: ArtifactRef, ranker: Plugin) -> ArtifactRef:
+    """The heads as this target's proxy set has them."""
     inputs = run.inputs
     proxy = None
-    if inputs.ranker_needs_proxy:
+    if rankers.make(ranker.name, ranker.options).needs_proxy_run:
         with run.ledger.stage("proxy") as made:
-            proxy = proxy_run(run.runtime, inputs.base, data.target, inputs.proxy_training)
+            proxy = proxy_run(run.runtime, inputs.base, target, inputs.proxy_training)
             made.append(proxy)
     with run.ledger.stage("heads") as made:
         heads = rank_heads(
-            run.runtime,
-            inputs.base,
-            proxy=proxy,
-            target=data.target,
-            ranker=inputs.ranker,
-            fraction=run.settings.heads.fraction,
+            run.runtime, inputs.base, proxy=proxy, target=target, ranker=ranker, pick=inputs.pick
         )
         made.append(heads)
     return heads

@@ -13,6 +13,7 @@ from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers
 from p2d_core.errors import DataError, SettingsError
 from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
+from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
     check_attention,
@@ -23,7 +24,7 @@ from p2d_core.models import (
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
-from p2d_core.samples.split import draw_target, refuse_overlap
+from p2d_core.samples.split import draw_target, redraw_proxy, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.selection.subset import SelectionSpec
 from tasks.progress import progress_of
@@ -43,7 +44,7 @@ class Inputs:
     evaluation: SourceInput | None
     retention: SourceInput | None
     ranker: Plugin
-    ranker_needs_proxy: bool
+    pick: HeadPick
     scorer: Plugin
     adaptation: Plugin
     adaptation_needs_heads: bool
@@ -92,8 +93,11 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
         return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
 
     base = BaseModel.of(Path(settings.base), settings.precision, text)
-    if base.sha256 not in ranked_bases:
-        check_attention(Path(settings.base))
+    heads = settings.heads
+    pick = HeadPick(heads.fraction, heads.max_per_layer, heads.one_per_kv_group)
+    if base.sha256 not in ranked_bases or heads.max_per_layer or heads.one_per_kv_group:
+        layers = check_attention(Path(settings.base))
+        pick.count(len(layers), layers[0].n_query_heads, layers[0].n_kv_groups)
     return Inputs(
         base=base,
         target=source(settings.target),
@@ -101,7 +105,7 @@ def check_inputs(settings: RunSettings, ranked_bases: Container[str] = ()) -> In
         evaluation=source(evaluation.source) if evaluation.source else None,
         retention=source(evaluation.retention) if evaluation.retention else None,
         ranker=Plugin.of(settings.heads.ranker, ranker),
-        ranker_needs_proxy=ranker.needs_proxy_run,
+        pick=pick,
         scorer=Plugin.of(settings.scoring.scorer, scorer),
         adaptation=Plugin.of(training.adaptation, adaptation),
         adaptation_needs_heads=adaptation.needs_heads,
@@ -166,6 +170,8 @@ def _check_data(settings: RunSettings) -> None:
         n_evaluation=0 if evaluation.source else evaluation.samples,
         seed=settings.seed,
     )
+    if settings.heads.average_over > 1:
+        redraw_proxy(split, 1)
     asked: Iterable[Sample] = split.evaluation
     if evaluation.source is not None:
         asked = list(_checked(_spec(evaluation.source)))

@@ -80,8 +80,8 @@ def most_tokens(folder: Path) -> int:
     return int(config.get("max_position_embeddings") or sys.maxsize)
 
 
-def check_attention(folder: Path) -> None:
-    """Whether heads can be found in the model, from its config alone.
+def check_attention(folder: Path) -> tuple[AttentionLayer, ...]:
+    """Where heads are in the model, from its config alone.
 
     Raises:
         UnsupportedModelError: single heads cannot be found in its attention.
@@ -97,7 +97,7 @@ def check_attention(folder: Path) -> None:
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: transformers cannot make a model of it: {error}") from error
-    attention_layers(model)
+    return attention_layers(model)
 
 
 def model_hash(folder: Path, progress: Progress = no_progress) -> str:

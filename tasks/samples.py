@@ -14,7 +14,14 @@ from p2d_core.progress import counted
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard, write_shards
-from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
+from p2d_core.samples.split import (
+    CorpusCounts,
+    TargetSplit,
+    assemble_corpus,
+    draw_target,
+    redraw_proxy,
+    refuse_overlap,
+)
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
 from tasks.stage import Runtime, ShardRef, SourceInput, stage
@@ -56,6 +63,16 @@ def split_target(
         pq.write_table(to_table(getattr(split, part)), making.folder / f"{part}.parquet")
     making.samples = len(samples)
     making.facts |= {part: len(getattr(split, part)) for part in PARTS}
+
+
+@stage("samples")
+def redraw_target(making: Making, runtime: Runtime, target: ArtifactRef, draw: int) -> None:
+    """The same target with another proxy set; ``draw`` says which."""
+    split = redraw_proxy(TargetSplit(**{part: target_part(target, part) for part in PARTS}), draw)
+    for part in PARTS:
+        pq.write_table(to_table(getattr(split, part)), making.folder / f"{part}.parquet")
+    making.samples = len(split.proxy)
+    making.facts |= {part: len(getattr(split, part)) for part in PARTS} | {"draw": draw}
 
 
 @stage("samples")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import adapt, artifacts, config, demo, doctor, sql, ui
+from flows.cli import adapt, artifacts, config, demo, doctor, heads, sql, ui
 from p2d_core.errors import InputError, P2DError
 
 HELP = """Adapts a language model to a domain: finds the attention heads that the domain moves,
@@ -32,6 +32,7 @@ app.command()(demo.demo)
 app.command()(adapt.adapt)
 app.command()(config.config)
 app.command()(ui.ui)
+app.add_typer(heads.app, name="heads")
 app.add_typer(artifacts.app, name="artifacts")
 app.command()(sql.sql)
 app.command()(doctor.doctor)

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import HeadMapError
-from p2d_core.heads.head_map import HEAD_SCHEMA, HeadMap, read_head_map
+from p2d_core.heads.head_map import HEAD_SCHEMA, HeadMap, HeadPick, read_head_map
 from tests.tiny import tiny_llama
 
 # 2 layers x 4 query heads in 2 KV groups, worked by hand
@@ -57,19 +57,18 @@ def test_a_fraction_outside_its_bounds_is_refused(fraction):
 
 def test_with_a_limit_per_layer_the_next_best_of_other_layers_take_their_place():
     # in order: (0, 1), (1, 2), (1, 0), (0, 2), (0, 3) ...
-    capped = HeadMap.from_scores(SCORES, 2, 0.25, max_per_layer=1)
+    capped = HeadPick(0.25, max_per_layer=1).of(SCORES, 2)
     assert capped.task_heads == ((0, 1), (1, 2))
-    three = HeadMap.from_scores(torch.tensor([[5.0, 4, 3, 2], [1, 0, 0, 0]]), 2, 0.375)
-    assert three.task_heads == ((0, 0), (0, 1), (0, 2))
     scores = torch.tensor([[5.0, 4, 3, 2], [1, 0, 0, 0]])
-    three = HeadMap.from_scores(scores, 2, 0.375, max_per_layer=2)
+    assert HeadPick(0.375).of(scores, 2).task_heads == ((0, 0), (0, 1), (0, 2))
+    three = HeadPick(0.375, max_per_layer=2).of(scores, 2)
     assert three.task_heads == ((0, 0), (0, 1), (1, 0))
 
 
 def test_of_heads_that_share_keys_and_values_one_is_taken():
     # groups of two: (0, 0) and (0, 1); (0, 2) and (0, 3)
     scores = torch.tensor([[5.0, 4, 3, 2], [1, 0, 0, 0]])
-    one_each = HeadMap.from_scores(scores, 2, 0.375, one_per_kv_group=True)
+    one_each = HeadPick(0.375, one_per_kv_group=True).of(scores, 2)
     assert one_each.task_heads == ((0, 0), (0, 2), (1, 0))
     assert HeadMap.from_table(one_each.to_table()).task_heads == one_each.task_heads
 
@@ -83,9 +82,7 @@ def test_of_heads_that_share_keys_and_values_one_is_taken():
 )
 def test_limits_hold_and_no_better_head_was_left_out_without_one(scores, most, one_each, fraction):
     try:
-        got = HeadMap.from_scores(
-            torch.from_numpy(scores), 2, fraction, max_per_layer=most, one_per_kv_group=one_each
-        )
+        got = HeadPick(fraction, most, one_each).of(torch.from_numpy(scores), 2)
     except HeadMapError as error:
         assert "lift the limit" in str(error)  # noqa: PT017
         assert math.ceil(fraction * 12 - 1e-9) > 3 * min(most or 4, 2 if one_each else 4)
@@ -109,11 +106,11 @@ def test_more_heads_than_the_limits_leave_are_refused():
         HeadMapError,
         match=r"fraction 0\.5 asks for 4 of 8 heads, but heads\.max_per_layer 1 leave at most 2",
     ):
-        HeadMap.from_scores(SCORES, 2, 0.5, max_per_layer=1)
+        HeadPick(0.5, max_per_layer=1).of(SCORES, 2)
     with pytest.raises(HeadMapError, match=r"max_per_layer 3 and heads\.one_per_kv_group leave at"):
-        HeadMap.from_scores(SCORES, 2, 0.9, max_per_layer=3, one_per_kv_group=True)
+        HeadPick(0.9, max_per_layer=3, one_per_kv_group=True).of(SCORES, 2)
     with pytest.raises(HeadMapError, match=r"max_per_layer is 0; it has to be at least 1"):
-        HeadMap.from_scores(SCORES, 2, 0.5, max_per_layer=0)
+        HeadPick(0.5, max_per_layer=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
