@@ -115,6 +115,34 @@ def test_head_activation_equals_whitening_by_hand(model, heads):
     np.testing.assert_allclose(own, np.sort(among, axis=1)[:, -2:].mean(axis=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", ["all", "response"])
+def test_head_activation_unwhitened_against_the_proxies_mean_worked_from_outputs(
+    model, heads, tokens
+):
+    def units(chosen):
+        rows = []
+        for sample in model.encode(chosen):
+            ids = torch.tensor([sample.input_ids])
+            out = capture_head_outputs(
+                model.model, model.layers, heads.task_heads, ids, torch.ones_like(ids)
+            )[0]
+            seen = out if tokens == "all" else out[sample.n_prompt :]
+            flat = seen.mean(dim=0).flatten().double().numpy()
+            rows.append(flat / np.linalg.norm(flat))
+        return np.stack(rows)
+
+    corpus, proxies = samples(12), units(TARGET.proxy)
+    options = {"tokens": tokens, "compare": "mean", "whiten": False}
+    mean = proxies.mean(axis=0) / np.linalg.norm(proxies.mean(axis=0))
+    got = affinities("head-activation", model, heads, [corpus[:5], corpus[5:]], **options)
+    np.testing.assert_allclose(got, units(corpus) @ mean, atol=1e-6)
+    scorer = HeadActivation(**options)
+    state = scorer.fit(scorer.prepare(model, heads, TARGET), [])
+    others = [np.delete(proxies, i, axis=0).mean(axis=0) for i in range(len(proxies))]
+    expected = [p @ o / np.linalg.norm(o) for p, o in zip(proxies, others, strict=True)]
+    np.testing.assert_allclose(scorer.own_affinity(state, []), expected, atol=1e-6)
+
+
 def test_a_sample_that_is_a_proxy_is_nearest(model, heads):
     corpus = [*samples(30), TARGET.proxy[0]]
     got = affinities("head-activation", model, heads, [corpus], neighbours=1)
