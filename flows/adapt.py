@@ -25,10 +25,11 @@ from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
 from p2d_core.errors import ArtifactError, HeadMapError
+from p2d_core.heads.ranking import rankers
 from p2d_core.models import layers_of
 from p2d_core.store import ArtifactRef, Store
 from tasks.evaluation import evaluate_model
-from tasks.heads import head_map_in, rank_heads
+from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.measurements import (
     check_room_for,
     measure,
@@ -44,6 +45,7 @@ from tasks.record import record
 from tasks.samples import (
     assemble,
     read_source,
+    redraw_target,
     refuse_too_many_rejected,
     shards_of,
     split_target,
@@ -182,20 +184,8 @@ def read_data(run: Run) -> Data:
         return sources[-1]
 
     with run.ledger.stage("samples") as made:
-        evaluation = retention = None
-        if inputs.evaluation is not None:
-            evaluation = read(inputs.evaluation)
-        if inputs.retention is not None:
-            retention = read(inputs.retention)
-        target = split_target(
-            runtime,
-            target=read(inputs.target),
-            evaluation=evaluation,
-            n_proxy=settings.proxy.samples,
-            n_held_out=settings.proxy.held_out,
-            n_evaluation=settings.evaluation.samples,
-            seed=settings.seed,
-        )
+        target, evaluation = read_target(run, sources)
+        retention = read(inputs.retention) if inputs.retention is not None else None
         corpus = assemble(
             runtime,
             sources=[read(each) for each in inputs.corpus],
@@ -206,6 +196,30 @@ def read_data(run: Run) -> Data:
         refuse_too_many_rejected(sources, settings.skip_bad_rows)
         made += [target, corpus]
     return Data(target, corpus, evaluation or target, retention, tuple(sources))
+
+
+def read_target(run: Run, sources: list[ArtifactRef]) -> tuple[ArtifactRef, ArtifactRef | None]:
+    """The target in its parts, and the evaluation samples if they have a source of their own.
+
+    What is read is added to ``sources``.
+    """
+    inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    evaluation = None
+    if inputs.evaluation is not None:
+        evaluation = read_source(runtime, inputs.evaluation)
+        sources.append(evaluation)
+    whole = read_source(runtime, inputs.target)
+    sources.append(whole)
+    target = split_target(
+        runtime,
+        target=whole,
+        evaluation=evaluation,
+        n_proxy=settings.proxy.samples,
+        n_held_out=settings.proxy.held_out,
+        n_evaluation=settings.evaluation.samples,
+        seed=settings.seed,
+    )
+    return target, evaluation
 
 
 def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:
@@ -252,21 +266,38 @@ def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
 
 
 def find_heads(run: Run, data: Data) -> ArtifactRef:
-    """Proxy run, where the ranker wants one, and head ranking."""
+    """Proxy run, where the ranker wants one, and head ranking; on several draws if asked for."""
+    inputs = run.inputs
+    targets = draws_of(run, data.target, run.settings.heads.average_over)
+    maps = [rank_on(run, target, inputs.ranker) for target in targets]
+    if len(maps) == 1:
+        return maps[0]
+    with run.ledger.stage("heads") as made:
+        heads = average_heads(
+            run.runtime, inputs.base, draws=maps, ranker=inputs.ranker, pick=inputs.pick
+        )
+        made.append(heads)
+    return heads
+
+
+def draws_of(run: Run, target: ArtifactRef, n: int) -> list[ArtifactRef]:
+    """The target, and then the same with other proxy sets; ``n`` in all."""
+    with run.ledger.stage("samples") as made:
+        made += [redraw_target(run.runtime, target=target, draw=draw) for draw in range(1, n)]
+    return [target, *made]
+
+
+def rank_on(run: Run, target: ArtifactRef, ranker: Plugin) -> ArtifactRef:
+    """The heads as this target's proxy set has them."""
     inputs = run.inputs
     proxy = None
-    if inputs.ranker_needs_proxy:
+    if rankers.make(ranker.name, ranker.options).needs_proxy_run:
         with run.ledger.stage("proxy") as made:
-            proxy = proxy_run(run.runtime, inputs.base, data.target, inputs.proxy_training)
+            proxy = proxy_run(run.runtime, inputs.base, target, inputs.proxy_training)
             made.append(proxy)
     with run.ledger.stage("heads") as made:
         heads = rank_heads(
-            run.runtime,
-            inputs.base,
-            proxy=proxy,
-            target=data.target,
-            ranker=inputs.ranker,
-            fraction=run.settings.heads.fraction,
+            run.runtime, inputs.base, proxy=proxy, target=target, ranker=ranker, pick=inputs.pick
         )
         made.append(heads)
     return heads

@@ -13,10 +13,12 @@ from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError, SettingsError
 from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
+from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
     check_loads,
     check_model_folder,
+    layers_of,
     most_tokens,
     pick_device,
 )
@@ -24,7 +26,7 @@ from p2d_core.samples.read import read_samples
 from p2d_core.samples.rejected import RejectedRows
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
-from p2d_core.samples.split import draw_target, refuse_overlap
+from p2d_core.samples.split import draw_target, redraw_proxy, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.selection.subset import SelectionSpec
 from p2d_core.selection.where import checked_condition
@@ -45,7 +47,7 @@ class Inputs:
     evaluation: SourceInput | None
     retention: SourceInput | None
     ranker: Plugin
-    ranker_needs_proxy: bool
+    pick: HeadPick
     scorer: Plugin
     adaptation: Plugin
     adaptation_needs_heads: bool
@@ -101,6 +103,11 @@ def check_inputs(
     if like is None and base.sha256 not in ranked_bases:
         with progress_of("checking the base model (tensors)") as progress:
             check_loads(Path(settings.base), progress)
+    heads = settings.heads
+    pick = HeadPick(heads.fraction, heads.max_per_layer, heads.one_per_kv_group)
+    if heads.max_per_layer or heads.one_per_kv_group:
+        layers = layers_of(Path(settings.base))
+        pick.count(len(layers), layers[0].n_query_heads, layers[0].n_kv_groups)
     return Inputs(
         base=base,
         target=like.target if like else source(settings.target),
@@ -108,7 +115,7 @@ def check_inputs(
         evaluation=source(evaluation.source) if evaluation.source else None,
         retention=source(evaluation.retention) if evaluation.retention else None,
         ranker=Plugin.of(settings.heads.ranker, ranker),
-        ranker_needs_proxy=ranker.needs_proxy_run,
+        pick=pick,
         scorer=Plugin.of(settings.scoring.scorer, scorer),
         adaptation=Plugin.of(training.adaptation, adaptation),
         adaptation_needs_heads=adaptation.needs_heads,
@@ -184,6 +191,8 @@ def _check_data(settings: RunSettings) -> None:
         n_evaluation=0 if evaluation.source else evaluation.samples,
         seed=settings.seed,
     )
+    if settings.heads.average_over > 1:
+        redraw_proxy(split, 1)
     asked: Iterable[Sample] = split.evaluation
     if evaluation.source is not None:
         asked = list(_checked(_spec(evaluation.source), rejected))

@@ -115,11 +115,17 @@ class HeadsSettings(_Settings):
     """Which query heads count as task heads."""
 
     ranker: str = "spad"
-    """spad, frobenius, ablation, gradient, or random (a control)."""
+    """spad, frobenius, ablation, gradient, taylor; random or bottom (controls)."""
     options: dict[str, Any] = {}
     """Settings of that ranker, for instance {support: values} of spad."""
     fraction: Share = 0.1
     """Share of all query heads that become task heads."""
+    max_per_layer: Count | None = None
+    """Most task heads in a layer, the next best elsewhere take their place; no limit if empty."""
+    one_per_kv_group: bool = False
+    """Of heads that share their K and V only the best becomes a task head."""
+    average_over: Count = 1
+    """Rank on so many draws of the proxy set and take the mean; each has its own proxy run."""
     include_kv: bool = True
     """Tune the K and V projections of the task heads' groups too."""
     proxy_epochs: Positive = 3
@@ -132,7 +138,7 @@ class ScoringSettings(_Settings):
     """How every sample of the corpus gets its affinity."""
 
     scorer: str = "head-filter"
-    """head-filter, head-activation, loss-shift, icl-attention, tfidf, length, or random."""
+    """head-filter (default), another of those in p2d_core/affinity, or sum (of several)."""
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"

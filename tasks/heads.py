@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pyarrow.parquet as pq
 
-from p2d_core.heads.head_map import HEADS, HeadMap, read_head_map
+from p2d_core.heads.draws import mean_of_draws
+from p2d_core.heads.head_map import HEADS, HeadMap, HeadPick, read_head_map
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.store import ArtifactRef, Making
@@ -24,9 +25,9 @@ def rank_heads(
     proxy: ArtifactRef | None,
     target: ArtifactRef,
     ranker: Plugin,
-    fraction: float,
+    pick: HeadPick,
 ) -> None:
-    """Every query head with its score; the best ``fraction`` are the task heads."""
+    """Every query head with its score; the best are the task heads."""
     captured = base.captured(runtime)
     with progress_of("heads") as progress:
         evidence = RankingEvidence(
@@ -38,15 +39,34 @@ def rank_heads(
             progress=progress,
         )
         scores = rankers.make(ranker.name, ranker.options).rank(evidence)
-    head_map = HeadMap.from_scores(scores, captured.layers[0].n_kv_groups, fraction)
+    _keep(making, pick.of(scores, captured.layers[0].n_kv_groups), ranker)
+    making.samples = len(evidence.samples)
+
+
+@stage("heads")
+def average_heads(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    draws: list[ArtifactRef],
+    ranker: Plugin,
+    pick: HeadPick,
+) -> None:
+    """One head map of several, each ranked on another draw of the proxy set."""
+    maps = [head_map_in(ref) for ref in draws]
+    scores = mean_of_draws([each.scores for each in maps])
+    _keep(making, pick.of(scores, maps[0].n_kv_groups), ranker)
+    making.facts["draws"] = len(maps)
+
+
+def _keep(making: Making, head_map: HeadMap, ranker: Plugin) -> None:
     pq.write_table(head_map.to_table(), making.folder / HEADS)
     draw(head_map, making.folder / PICTURE, ranker.name)
     making.facts |= {
         "ranker": ranker.name,
-        "total": scores.numel(),
+        "total": head_map.scores.numel(),
         "task_heads": [list(head) for head in head_map.task_heads],
     }
-    making.samples = len(evidence.samples)
 
 
 def head_map_in(ref: ArtifactRef) -> HeadMap:

@@ -15,7 +15,14 @@ from p2d_core.samples.read import BadRow, read_samples
 from p2d_core.samples.rejected import REJECTED, RejectedRows, too_many
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard, write_shards
-from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
+from p2d_core.samples.split import (
+    CorpusCounts,
+    TargetSplit,
+    assemble_corpus,
+    draw_target,
+    redraw_proxy,
+    refuse_overlap,
+)
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
 from tasks.room import of_corpus, of_source, of_target
@@ -62,6 +69,16 @@ def split_target(
         pq.write_table(to_table(getattr(split, part)), making.folder / f"{part}.parquet")
     making.samples = len(samples)
     making.facts |= {part: len(getattr(split, part)) for part in PARTS}
+
+
+@stage("samples", room=of_target)
+def redraw_target(making: Making, runtime: Runtime, target: ArtifactRef, draw: int) -> None:
+    """The same target with another proxy set; ``draw`` says which."""
+    split = redraw_proxy(TargetSplit(**{part: target_part(target, part) for part in PARTS}), draw)
+    for part in PARTS:
+        pq.write_table(to_table(getattr(split, part)), making.folder / f"{part}.parquet")
+    making.samples = len(split.proxy)
+    making.facts |= {part: len(getattr(split, part)) for part in PARTS} | {"draw": draw}
 
 
 @stage("samples", room=of_corpus)

@@ -65,7 +65,7 @@ def artifact(store: Store, key: str, stage: str | None = None) -> ArtifactRef:
         raise InputError(str(error)) from error
 
 
-def check_summary_file(file: Path | None) -> None:
+def check_summary_file(file: Path | None, option: str = "--summary") -> None:
     """That the summary can be written, before anything is started.
 
     Raises:
@@ -74,9 +74,9 @@ def check_summary_file(file: Path | None) -> None:
     if file is None:
         return
     if file.is_dir():
-        raise InputError(f"--summary {file} is a folder. Give a file, such as {file}/summary.json.")
+        raise InputError(f"{option} {file} is a folder. Give a file, such as {file}/summary.json.")
     if not file.resolve().parent.is_dir():
-        raise InputError(f"--summary {file}: there is no folder {file.parent}. Make it first.")
+        raise InputError(f"{option} {file}: there is no folder {file.parent}. Make it first.")
 
 
 def size_text(n_bytes: float) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
@@ -21,6 +22,7 @@ from p2d_core.errors import HeadMapError, SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
+from p2d_core.samples.tokens import IGNORED_LABEL
 
 OUTPUTS = "head_outputs"
 
@@ -30,10 +32,10 @@ OUTPUTS = "head_outputs"
 class HeadActivation:
     """Cosine to the nearest proxy samples in the whitened space of the task heads' outputs.
 
-    A head's output, before the output projection, is averaged over all tokens of the sample;
-    whitened with the corpus' own mean and covariance, a head at a time; the heads stand side by
-    side in one vector. Costs one forward pass a sample, only as deep as the deepest task head that
-    is looked at.
+    A head's output, before the output projection, is averaged over all tokens of the sample, or
+    those of the response; whitened, unless told otherwise, with the corpus' own mean and
+    covariance, a head at a time; the heads stand side by side in one vector. Costs one forward pass
+    a sample, only as deep as the deepest task head that is looked at.
 
     Source: ours; P2D (arXiv 2605.21558) uses the task heads as a filter through attention.
     """
@@ -44,10 +46,16 @@ class HeadActivation:
     """Weight, in [0, 1], of a round covariance beside the measured one."""
     depth: Literal["heads"] | float = "heads"
     """Share of the layers, in (0, 1], beyond which task heads are not looked at; heads: none is."""
+    tokens: Literal["all", "response"] = "all"
+    """Which tokens' outputs are averaged."""
+    compare: Literal["nearest", "mean"] = "nearest"
+    """nearest: to the nearest proxy samples one by one; mean: to the mean of all of them."""
+    whiten: bool = True
+    """False: the outputs as they are, neither centred nor scaled; shrinkage says nothing then."""
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ("depth",)
+    measured_by: ClassVar[tuple[str, ...]] = ("depth", "tokens")
     runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
@@ -103,11 +111,15 @@ class HeadActivation:
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """In [-1, 1]."""
-        whiten = self._whitening(state, measured)
-        references = whiten(state["proxy"])
+        unit = self._whitening(state, measured)
+        references = unit(state["proxy"])
+        mean = normalize(references.mean(dim=0), dim=0)
         for table in only(measured, OUTPUTS):
-            vectors = whiten(_outputs_of(table, state))
-            yield pa.array(nearest_mean(vectors @ references.T, self.neighbours).numpy())
+            vectors = unit(_outputs_of(table, state))
+            if self.compare == "mean":
+                yield pa.array((vectors @ mean).numpy())
+            else:
+                yield pa.array(nearest_mean(vectors @ references.T, self.neighbours).numpy())
 
     def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
         """``mean`` and ``matrix`` of the whitening too."""
@@ -115,8 +127,11 @@ class HeadActivation:
         return state | {"mean": whitening.mean, "matrix": whitening.matrix}
 
     def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
-        """Of the proxy samples, each left out of its own neighbours."""
+        """Of the proxy samples, each left out of its own neighbours, or of the mean."""
         references = self._whitening(state, measured)(state["proxy"])
+        if self.compare == "mean":
+            of_others = normalize(references.sum(dim=0) - references, dim=1)
+            return (references * of_others).sum(dim=1)
         return nearest_mean_of_others(references @ references.T, self.neighbours)
 
     def _outputs(
@@ -129,7 +144,8 @@ class HeadActivation:
 
         def of(batch: dict[str, Tensor]) -> Tensor:
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            return mean_head_outputs(model.model, model.layers, heads, ids, mask)
+            chosen = batch["labels"] != IGNORED_LABEL if self.tokens == "response" else None
+            return mean_head_outputs(model.model, model.layers, heads, ids, mask, chosen)
 
         for positions, part in model.each_batch(model.encode(samples), of):
             outputs[positions] = part
@@ -138,7 +154,11 @@ class HeadActivation:
     def _whitening(self, state: ScorerState, measured: Iterable[pa.Table]) -> _Whitening:
         if "matrix" in state:
             return _Whitening(state["mean"], state["matrix"])
-        moments = _Moments(*state["proxy"].shape[1:])
+        n_heads, head_dim = state["proxy"].shape[1:]
+        if not self.whiten:
+            plain = torch.eye(head_dim, dtype=torch.float64).repeat(n_heads, 1, 1)
+            return _Whitening(torch.zeros(n_heads, head_dim, dtype=torch.float64), plain)
+        moments = _Moments(n_heads, head_dim)
         for table in only(measured, OUTPUTS):
             moments.add(_outputs_of(table, state))
         return moments.whitening(self.shrinkage)
@@ -187,4 +207,4 @@ class _Whitening:
         """Unit vectors, ``[n, n_heads * head_dim]`` float64."""
         centred = (outputs.double() - self.mean).transpose(0, 1)
         flat = (centred @ self.matrix).transpose(0, 1).flatten(1)
-        return torch.nn.functional.normalize(flat, dim=1)
+        return normalize(flat, dim=1)

@@ -93,6 +93,22 @@ class Gauged(Protocol):
 
 
 @runtime_checkable
+class InParts(Protocol):
+    """A scorer whose affinities are made of named parts, each a column of the scores."""
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Of the columns."""
+        ...
+
+    def affinity_parts(
+        self, state: ScorerState, measured: Iterable[pa.Table]
+    ) -> Iterator[dict[str, pa.Array]]:
+        """Of each table ``affinity`` and each part, float64 arrays by name."""
+        ...
+
+
+@runtime_checkable
 class Fitted(Protocol):
     """A scorer whose affinities, gauge and all, need something of the whole corpus first."""
 

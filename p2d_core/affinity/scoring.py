@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from p2d_core.affinity.measuring import MeasuredCorpus
-from p2d_core.affinity.protocol import Fitted, Gauged, ScorerState, Step
+from p2d_core.affinity.protocol import Fitted, Gauged, InParts, ScorerState, Step
 from p2d_core.errors import NumericalError
 
 SCORES = "scores.parquet"
@@ -84,7 +84,8 @@ def score_corpus(
 
     The columns are the score schema (``affinity`` is the smallest margin over the gates so far,
     or the scorer's own number where no step has a gate), ``gates_passed`` int32, and one double
-    for each step so far, null where a step did not measure.
+    for each step so far, null where a step did not measure; and one for each part of an affinity
+    that is made of parts.
 
     Args:
         previous: the scores of the step before, of which this one measured what passed.
@@ -102,16 +103,20 @@ def score_corpus(
         state = step.scorer.fit(state, measured)
     gate = gate_of(step, state, measured)
     outcome = ScoredCorpus(gate=gate)
-    affinities = iter(step.scorer.affinity(state, measured))
+    affinities = _affinities(step, state, measured)
     before = pq.ParquetFile(previous) if previous is not None else None
     writer: pq.ParquetWriter | None = None
     try:
         for index, table in enumerate(measured.only(*KEPT).by_shard()):
-            affinity = _checked(next(affinities), step, table) if len(table) else np.empty(0)
-            if before is None:
-                scored = _first(step, gate, table, affinity)
+            if len(table):
+                parts = {n: _checked(v, step, table) for n, v in next(affinities).items()}
             else:
-                scored = _next(step, gate, table, affinity, before.read_row_group(index))
+                parts = {name: np.empty(0) for name in ("affinity", *_part_names(step))}
+            affinity = parts.pop("affinity")
+            if before is None:
+                scored = _first(step, gate, table, affinity, parts)
+            else:
+                scored = _next(step, gate, table, affinity, parts, before.read_row_group(index))
             passed = scored.filter(pc.equal(scored["gates_passed"], _gates(scored)))
             ids = "\n".join(passed["sample_id"].to_pylist())
             outcome.passing_by_shard.append(hashlib.sha256(ids.encode()).hexdigest())
@@ -146,7 +151,28 @@ def _checked(affinity: pa.Array, step: Step, table: pa.Table) -> np.ndarray:
     return values
 
 
-def _first(step: Step, gate: Gate | None, table: pa.Table, affinity: np.ndarray) -> pa.Table:
+def _part_names(step: Step) -> tuple[str, ...]:
+    return step.scorer.part_names if isinstance(step.scorer, InParts) else ()
+
+
+def _affinities(
+    step: Step, state: ScorerState, measured: MeasuredCorpus
+) -> Iterator[dict[str, pa.Array]]:
+    """Of each table ``affinity``, and the parts that it is made of."""
+    if isinstance(step.scorer, InParts):
+        yield from step.scorer.affinity_parts(state, measured)
+    else:
+        for affinity in step.scorer.affinity(state, measured):
+            yield {"affinity": affinity}
+
+
+def _first(
+    step: Step,
+    gate: Gate | None,
+    table: pa.Table,
+    affinity: np.ndarray,
+    parts: dict[str, np.ndarray],
+) -> pa.Table:
     margin = affinity if gate is None else gate.margin(affinity)
     passed = np.zeros(len(table), np.int32) if gate is None else (margin >= 0).astype(np.int32)
     columns = {
@@ -159,18 +185,22 @@ def _first(step: Step, gate: Gate | None, table: pa.Table, affinity: np.ndarray)
     }
     if gate is not None:
         columns[step.name] = pa.array(affinity)
+    columns |= {name: pa.array(values) for name, values in parts.items()}
     return _tagged(pa.table(columns), gates=int(gate is not None))
 
 
 def _next(
-    step: Step, gate: Gate | None, table: pa.Table, affinity: np.ndarray, before: pa.Table
+    step: Step,
+    gate: Gate | None,
+    table: pa.Table,
+    affinity: np.ndarray,
+    parts: dict[str, np.ndarray],
+    before: pa.Table,
 ) -> pa.Table:
     place = {sample_id: i for i, sample_id in enumerate(before["sample_id"].to_pylist())}
     rows = np.array([place[i] for i in table["sample_id"].to_pylist()], dtype=np.int64)
     margins = before["affinity"].to_numpy().copy()
     passed = before["gates_passed"].to_numpy().copy()
-    values = np.full(len(before), np.nan)
-    values[rows] = affinity
     if gate is None:
         margins[rows] = affinity
     else:
@@ -179,7 +209,10 @@ def _next(
     scored = before.set_column(
         before.column_names.index("affinity"), "affinity", pa.array(margins)
     ).set_column(before.column_names.index("gates_passed"), "gates_passed", pa.array(passed))
-    scored = scored.append_column(step.name, pa.array(values, mask=np.isnan(values)))
+    for name, part in {step.name: affinity, **parts}.items():
+        values = np.full(len(before), np.nan)
+        values[rows] = part
+        scored = scored.append_column(name, pa.array(values, mask=np.isnan(values)))
     return _tagged(scored, gates=_gates(before) + int(gate is not None))
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
+from p2d_core.affinity.words import counts_in, sample_counts, table_counts
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -21,9 +22,9 @@ from p2d_core.samples.schema import Sample
 @scorers.register("tfidf")
 @dataclass(frozen=True)
 class Tfidf:
-    """Cosine to the nearest proxy samples in TF-IDF space. Runs no model.
+    """Cosine to the nearest proxy samples in TF-IDF space.
 
-    Words are hashed, so that the corpus is streamed and never whole in memory.
+    Costs no forward pass; words are counted twice.
 
     Source: scikit-learn's TfidfTransformer (smoothed idf).
     """
@@ -42,14 +43,7 @@ class Tfidf:
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Hashed word counts of the proxy samples, as the arrays of a CSR matrix."""
-        if not target.proxy:
-            return {}
-        counts = self._counts([f"{s.prompt} {s.response}" for s in target.proxy])
-        return {
-            "data": torch.from_numpy(counts.data),
-            "indices": torch.from_numpy(counts.indices.astype(np.int64)),
-            "indptr": torch.from_numpy(counts.indptr.astype(np.int64)),
-        }
+        return sample_counts(target.proxy, self.features) if target.proxy else {}
 
     def measure(
         self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
@@ -61,32 +55,15 @@ class Tfidf:
         """In [0, 1]."""
         documents, containing = 0, np.zeros(self.features)
         for table in measured:
-            counts = self._counts(_texts(table))
+            counts = table_counts(table, self.features)
             documents += counts.shape[0]
             containing += np.bincount(counts.indices, minlength=self.features)
         idf = np.log((1 + documents) / (1 + containing)) + 1
-        from scipy.sparse import csr_array
-
-        arrays = (state["data"].numpy(), state["indices"].numpy(), state["indptr"].numpy())
-        shape = (len(state["indptr"]) - 1, self.features)
-        proxies = _weighted(csr_array(arrays, shape=shape), idf)
+        proxies = _weighted(counts_in(state, self.features), idf)
         for table in measured:
-            similarities = (_weighted(self._counts(_texts(table)), idf) @ proxies.T).toarray()
-            yield pa.array(nearest_mean(torch.from_numpy(similarities), self.neighbours).numpy())
-
-    def _counts(self, texts: list[str]) -> Any:
-        # a second to import, and most runs do without
-        from sklearn.feature_extraction.text import HashingVectorizer
-
-        vectorizer = HashingVectorizer(
-            n_features=self.features, alternate_sign=False, norm=None, token_pattern=r"(?u)\b\w+\b"
-        )
-        return vectorizer.transform(texts)
-
-
-def _texts(table: pa.Table) -> list[str]:
-    pairs = zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True)
-    return [f"{prompt} {response}" for prompt, response in pairs]
+            weighted = _weighted(table_counts(table, self.features), idf)
+            similarities = torch.from_numpy((weighted @ proxies.T).toarray())
+            yield pa.array(nearest_mean(similarities, self.neighbours).numpy())
 
 
 def _weighted(counts: Any, idf: np.ndarray[Any, Any]) -> Any:

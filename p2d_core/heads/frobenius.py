@@ -13,7 +13,12 @@ from p2d_core.heads.ranking import RankingEvidence, rankers
 @rankers.register("frobenius")
 @dataclass(frozen=True, slots=True)
 class Frobenius:
-    """``||proxy - base||_F / ||base||_F`` over a head's q, k, v and o slices together."""
+    """``||proxy - base||_F / ||base||_F`` over a head's q, k, v and o slices together.
+
+    Costs the proxy run, then no pass: one look at the projections.
+
+    Source: ours; the plainest measure of what ALPS (arXiv 2505.18799) measures by sPAD.
+    """
 
     version: ClassVar[str] = "1"
     needs_proxy_run: ClassVar[bool] = True

@@ -18,6 +18,11 @@ class Gradient:
     """Root-mean-square of the gradient of the mean response loss over a head's slices.
 
     The slices are q, k, v and o together, K and V those of the head's KV group. No proxy run.
+
+    Costs one forward and one backward pass over the proxy samples, and a float32 copy of the
+    projections.
+
+    Source: ours; the size of a gradient, as gradient-based pruning takes it.
     """
 
     version: ClassVar[str] = "1"

@@ -1,6 +1,7 @@
 """The head map: every query head with its score and rank, and which are the task heads."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +45,12 @@ class HeadMap:
 
     @classmethod
     def from_scores(cls, scores: Tensor, n_kv_groups: int, fraction: float = 0.1) -> "HeadMap":
-        """Takes the best ``fraction`` of all heads as task heads, rounded up; at least one.
-
-        Ties go to the lower layer, then to the lower head.
+        """Takes the best ``fraction`` of all heads as task heads, without limits; see `HeadPick`.
 
         Raises:
             HeadMapError: a score is not finite, or the fraction is outside (0, 1].
         """
-        if not 0 < fraction <= 1:
-            raise HeadMapError(f"the fraction of task heads is {fraction}; it has to be in (0, 1].")
-        scores = _checked(scores, n_kv_groups)
-        # 0.07 * 100 is a little over 7 in floating point, and is meant to be 7
-        count = max(1, math.ceil(fraction * scores.numel() - 1e-9))
-        return cls(scores, _by_score(scores)[:count], n_kv_groups)
+        return HeadPick(fraction).of(scores, n_kv_groups)
 
     @property
     def n_layers(self) -> int:
@@ -141,6 +135,79 @@ class HeadMap:
         if not chosen:
             raise HeadMapError("head map: no head has is_task_head: nothing could be tuned.")
         return cls(scores, tuple(head for head in in_order if head in chosen), n_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPick:
+    """How task heads are picked from scores: the best, within limits.
+
+    Ties go to the lower layer, then to the lower head.
+
+    Raises:
+        HeadMapError: the fraction is outside (0, 1], or the limit below 1.
+    """
+
+    fraction: float = 0.1
+    """Share of all heads that become task heads, rounded up; at least one."""
+    max_per_layer: int | None = None
+    """Heads of a layer beyond so many give way to the next best elsewhere."""
+    one_per_kv_group: bool = False
+    """So do heads whose KV group, and with it its K and V, is taken already."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise HeadMapError(
+                f"the fraction of task heads is {self.fraction}; it has to be in (0, 1]."
+            )
+        if self.max_per_layer is not None and self.max_per_layer < 1:
+            raise HeadMapError(f"max_per_layer is {self.max_per_layer}; it has to be at least 1.")
+
+    def count(self, n_layers: int, n_query_heads: int, n_kv_groups: int) -> int:
+        """How many task heads a model of that shape has.
+
+        Raises:
+            HeadMapError: the limits leave fewer.
+        """
+        # 0.07 * 100 is a little over 7 in floating point, and is meant to be 7
+        count = max(1, math.ceil(self.fraction * n_layers * n_query_heads - 1e-9))
+        in_a_layer = n_kv_groups if self.one_per_kv_group else n_query_heads
+        if self.max_per_layer is not None:
+            in_a_layer = min(in_a_layer, self.max_per_layer)
+        if count > n_layers * in_a_layer:
+            most = self.max_per_layer
+            limits = [] if most is None else [f"heads.max_per_layer {most}"]
+            limits += ["heads.one_per_kv_group"] if self.one_per_kv_group else []
+            raise HeadMapError(
+                f"heads.fraction {self.fraction} asks for {count} of {n_layers * n_query_heads} "
+                f"heads, but {' and '.join(limits)} leave at most {n_layers * in_a_layer} "
+                f"({in_a_layer} in each of {n_layers} layers). Lower heads.fraction, or lift the "
+                "limit."
+            )
+        return count
+
+    def of(self, scores: Tensor, n_kv_groups: int) -> HeadMap:
+        """The head map of these scores.
+
+        Raises:
+            HeadMapError: a score is not finite, or the limits leave too few heads.
+        """
+        scores = _checked(scores, n_kv_groups)
+        count = self.count(scores.shape[0], scores.shape[1], n_kv_groups)
+        chosen: list[tuple[int, int]] = []
+        in_layer: Counter[int] = Counter()
+        groups: set[tuple[int, int]] = set()
+        for layer, head in _by_score(scores):
+            group = (layer, kv_group_of(head, scores.shape[1], n_kv_groups))
+            if in_layer[layer] == self.max_per_layer:
+                continue
+            if self.one_per_kv_group and group in groups:
+                continue
+            chosen.append((layer, head))
+            in_layer[layer] += 1
+            groups.add(group)
+            if len(chosen) == count:
+                break
+        return HeadMap(scores, tuple(chosen), n_kv_groups)
 
 
 def read_head_map(path: Path) -> HeadMap:

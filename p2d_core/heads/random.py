@@ -12,7 +12,10 @@ from p2d_core.heads.ranking import RankingEvidence, rankers
 @rankers.register("random")
 @dataclass(frozen=True, slots=True)
 class Random:
-    """Scores drawn from [0, 1)."""
+    """Scores drawn from [0, 1). Costs nothing.
+
+    Source: the usual control.
+    """
 
     seed: int = 0
     version: ClassVar[str] = "1"

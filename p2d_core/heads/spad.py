@@ -20,7 +20,7 @@ class Spad:
     """Wasserstein-1 distance between a head's distribution before and after the proxy run.
 
     The head is ``W_q W_k^T W_v`` with K and V of its KV group; the distribution is a softmax over
-    all its entries.
+    all its entries. Costs the proxy run, then no pass: d_model x head_dim entries of each head.
 
     Args:
         temperature: softmax temperature, dimensionless, > 0.

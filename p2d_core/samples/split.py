@@ -59,6 +59,29 @@ def draw_target(
     )
 
 
+def redraw_proxy(split: TargetSplit, draw: int) -> TargetSplit:
+    """The same target with another proxy set of the same size, drawn from proxy and rest.
+
+    Raises:
+        DataError: there is no rest, so that every draw would be the same.
+    """
+    if not split.rest:
+        raise DataError(
+            f"the target has no samples beside its {len(split.proxy)} proxy samples and those that "
+            "are held out, so that no other proxy set can be drawn. Lower proxy.samples or "
+            "evaluation.samples, or give a target with more samples."
+        )
+    pool = {sample.sample_id: sample for sample in [*split.proxy, *split.rest]}
+    order = sorted(pool, key=lambda sample_id: _draw_key(draw, f"draw:{sample_id}"))
+    drawn = set(order[: len(split.proxy)])
+    return TargetSplit(
+        proxy=[pool[sample_id] for sample_id in order[: len(split.proxy)]],
+        held_out=split.held_out,
+        evaluation=split.evaluation,
+        rest=[sample for sample in pool.values() if sample.sample_id not in drawn],
+    )
+
+
 def _draw_key(seed: int, sample_id: str) -> str:
     return hashlib.sha256(f"{seed}:{sample_id}".encode()).hexdigest()
 

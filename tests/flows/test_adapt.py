@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from flows.adapt import run_adapt
@@ -179,6 +181,38 @@ def test_a_gate_moved_measures_nothing_of_the_first_step_again(job):
     alone = job.run(scoring={"scorer": "head-activation", "options": {"neighbours": 3}})
     assert measured_now(job, alone) == 0
     assert {ref.key for ref in Store(job.store).refs("measurements")} == before
+
+
+SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "bm25": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("scorer", "options"),
+    [
+        ("rds-plus", {}),
+        ("head-gradient", {"dimensions": 256}),
+        ("less", {"epochs": 1, "dimensions": 256}),
+        ("bm25", {}),
+        ("sum", SUM),
+    ],
+)
+def test_the_whole_job_runs_with_another_scorer(job, scorer, options):
+    summary = job.run(scoring={"scorer": scorer, "options": options})
+    assert summary.selection.scorer == scorer
+    assert summary.selection.selected == 120
+    assert summary.selection.by_source["ledgers"] > 1.5 * 120 / 4  # a quarter of the corpus
+    scores = pq.read_table(Path(summary.artifacts["scores"]) / "scores.parquet")
+    assert np.isfinite(scores["affinity"]).all()
+    assert np.ptp(scores["affinity"]) > 0
+
+
+def test_other_weights_of_a_sum_measure_nothing_again(job):
+    job.run(scoring={"scorer": "sum", "options": SUM})
+    weights = {"bm25": 0.1, "head-activation": 2.0, "loss-shift": 0.5}
+    other = job.run(scoring={"scorer": "sum", "options": {"parts": weights}})
+    assert measured_now(job, other) == 0
+    scores = pq.read_table(Path(other.artifacts["scores"]) / "scores.parquet")
+    assert {"head_activation", "loss_shift", "bm25"} <= {*scores.column_names}
 
 
 def test_lineage_reaches_from_the_model_to_the_files_stages(job):

@@ -43,6 +43,7 @@ def test_help_needs_nothing_heavy():
 
 def test_every_command_teaches_with_an_example(p2d):
     names = ["demo", "adapt", "config", "ui", "sql", "doctor"]
+    names += ["heads stability"]
     names += [f"artifacts {name}" for name in ("ls", "show", "verify", "gc")]
     for name in names:
         code, out, _ = p2d(*name.split(), "--help")

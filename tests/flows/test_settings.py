@@ -90,6 +90,10 @@ CHANGES = [
     ("heads", {"ranker": "gradient"}),
     ("heads", {"options": {"support": "values"}}),
     ("heads", {"include_kv": False}),
+    ("heads", {"fraction": 0.3}),
+    ("heads", {"max_per_layer": 2}),
+    ("heads", {"one_per_kv_group": True}),
+    ("heads", {"average_over": 2}),
     ("heads", {"proxy_epochs": 9}),
     ("heads", {"proxy_learning_rate": 1}),
     ("scoring", {"scorer": "tfidf"}),
@@ -128,7 +132,7 @@ def test_a_changed_setting_reaches_the_stages(world, section, change):
         inputs = check_inputs(settings)
         direct = (
             settings.name, settings.proxy.samples, settings.proxy.held_out,
-            settings.evaluation.samples, settings.heads.include_kv, settings.heads.fraction,
+            settings.evaluation.samples, settings.heads.include_kv, settings.heads.average_over,
         )  # fmt: skip
         return inputs, make_runtime(settings, world, "run"), direct
 

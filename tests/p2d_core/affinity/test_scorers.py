@@ -7,86 +7,50 @@ import pyarrow as pa
 import pytest
 import torch
 
-from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.affinity import Target, scorers, steps_of
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
-from p2d_core.attention.layout import slices_of
 from p2d_core.errors import HeadMapError, SettingsError, UnknownNameError
-from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample, sample_id_of
-from tests.tiny import tiny_llama
-from tests.tiny_tokenizer import tiny_word_level
+from tests.small_scoring import NEEDED, TARGET, affinities, joined, samples
 
-WORDS = [f"w{i}" for i in range(40)]
-RUNNING_A_MODEL = ["head-activation", "head-proxy-loss", "loss-shift", "icl-attention"]
-SINGLE = [*RUNNING_A_MODEL, "length", "random", "tfidf"]
-
-
-def samples(n: int, seed: int = 0) -> list[Sample]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for row in range(n):
-        words = [WORDS[i] for i in rng.integers(0, 40, rng.integers(4, 12))]
-        prompt, response = " ".join(words[:-2]), " ".join(words[-2:])
-        made.append(Sample(sample_id_of(prompt, response), "s", prompt, response, row))
-    return made
+SINGLE = [
+    *("head-activation", "head-gradient", "head-influence", "head-proxy-loss", "loss-shift"),
+    *("icl-attention", "bm25", "tfidf", "rds-plus", "less", "ifd", "loss", "mid-perplexity"),
+    *("length", "random", "sum"),
+]
+RUNNING_NO_MODEL = {"bm25", "length", "tfidf", "random"}
+MODEL_RUN_BY = sorted({*SINGLE} - RUNNING_NO_MODEL - {"icl-attention"})
 
 
-@pytest.fixture(scope="module")
-def heads() -> HeadMap:
-    scores = torch.zeros(3, 8, dtype=torch.float64)
-    scores[1, 3], scores[1, 6], scores[2, 0] = 3, 2, 1
-    return HeadMap.from_scores(scores, n_kv_groups=4, fraction=0.1)
+def test_no_scorer_is_left_out_of_these_tests():
+    chains = {name for name in scorers if name.startswith("head-filter")}
+    assert {*SINGLE} | chains == {*scorers}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, heads) -> CapturedModel:
-    folder = tmp_path_factory.mktemp("model")
-    network = tiny_llama()
-    network.save_pretrained(folder)
-    tiny_word_level(WORDS).save_pretrained(folder)
-    captured = CapturedModel(folder)
-    tuned = TunedSlices.from_model(captured.model, slices_of(captured.layers, heads.task_heads))
-    for block in tuned.blocks.values():
-        block.values.mul_(1.5)
-    captured.tuned = tuned
-    return captured
-
-
-TARGET = Target(samples(8, seed=1), samples(5, seed=2))
-
-
-def joined(shard: list[Sample], measured: pa.Table) -> pa.Table:
-    for name in ("prompt", "response", "source"):
-        measured = measured.append_column(name, pa.array([getattr(s, name) for s in shard]))
-    return measured
-
-
-def affinities(name: str, model, heads, shards: list[list[Sample]], **options) -> np.ndarray:
-    scorer = scorers.make(name, options)
-    known = TARGET if scorer.measures_target else Target((), ())
-    state = scorer.prepare(model, heads, known)
-    tables = [joined(shard, measure_shard(scorer, model, state, shard)) for shard in shards]
-    compared = scorer.affinity(scorer.prepare(model, heads, TARGET), tables)
-    return np.concatenate([np.asarray(part) for part in compared])
-
-
-@pytest.mark.parametrize("name", ["head-activation", "loss-shift"])
+@pytest.mark.parametrize("name", MODEL_RUN_BY)
 def test_threads_that_share_a_model_measure_what_one_does(name, model, heads):
-    """Loss-shift has the tuned slices in the weights for half of the time."""
-    scorer = scorers.make(name, {})
-    state = scorer.prepare(model, heads, Target((), ()))
-    shards = [samples(20, seed) for seed in range(12)]
+    """Some have tuned slices, silenced heads or hooks in the model for half of the time."""
+    scorer = scorers.make(name, NEEDED.get(name, {}))
+    state = scorer.prepare(model, heads, TARGET if scorer.measures_target else Target((), ()))
+    shards = [samples(20, seed) for seed in range(6)]
+    beside = scorers.make("loss", {})
+
+    def base_loss(shard: list[Sample]) -> pa.Table:
+        return measure_shard(beside, model, {}, shard)
+
+    alone_loss = [base_loss(shard) for shard in shards]
 
     def measured(shard: list[Sample]) -> pa.Table:
         return measure_shard(scorer, model, state, shard)
 
     alone = [measured(shard) for shard in shards]
     with ThreadPoolExecutor(3) as threads:
+        losses = threads.map(base_loss, shards)
         together = list(threads.map(measured, shards))
+        assert list(losses) == alone_loss
     assert together == alone
 
 
@@ -151,6 +115,34 @@ def test_head_activation_equals_whitening_by_hand(model, heads):
     among = whitened(proxies) @ whitened(proxies).T
     np.fill_diagonal(among, -np.inf)
     np.testing.assert_allclose(own, np.sort(among, axis=1)[:, -2:].mean(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["all", "response"])
+def test_head_activation_unwhitened_against_the_proxies_mean_worked_from_outputs(
+    model, heads, tokens
+):
+    def units(chosen):
+        rows = []
+        for sample in model.encode(chosen):
+            ids = torch.tensor([sample.input_ids])
+            out = capture_head_outputs(
+                model.model, model.layers, heads.task_heads, ids, torch.ones_like(ids)
+            )[0]
+            seen = out if tokens == "all" else out[sample.n_prompt :]
+            flat = seen.mean(dim=0).flatten().double().numpy()
+            rows.append(flat / np.linalg.norm(flat))
+        return np.stack(rows)
+
+    corpus, proxies = samples(12), units(TARGET.proxy)
+    options = {"tokens": tokens, "compare": "mean", "whiten": False}
+    mean = proxies.mean(axis=0) / np.linalg.norm(proxies.mean(axis=0))
+    got = affinities("head-activation", model, heads, [corpus[:5], corpus[5:]], **options)
+    np.testing.assert_allclose(got, units(corpus) @ mean, atol=1e-6)
+    scorer = HeadActivation(**options)
+    state = scorer.fit(scorer.prepare(model, heads, TARGET), [])
+    others = [np.delete(proxies, i, axis=0).mean(axis=0) for i in range(len(proxies))]
+    expected = [p @ o / np.linalg.norm(o) for p, o in zip(proxies, others, strict=True)]
+    np.testing.assert_allclose(scorer.own_affinity(state, []), expected, atol=1e-6)
 
 
 def test_a_sample_that_is_a_proxy_is_nearest(model, heads):
@@ -227,8 +219,9 @@ def test_length_is_the_number_of_response_tokens_with_the_end(model, heads):
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_scorer_says_whether_it_runs_a_model(name, model, heads, tmp_path):
     """One that says no counts the tokens of a folder that holds a tokenizer and no weights."""
-    assert scorers.get(name).runs_model == (name in RUNNING_A_MODEL)
-    if scorers.get(name).runs_model:
+    scorer = scorers.make(name, NEEDED.get(name, {}))
+    assert scorer.runs_model == (name not in RUNNING_NO_MODEL)
+    if scorer.runs_model:
         return
     model.tokenizer.save_pretrained(tmp_path)
     without_weights = CapturedModel(tmp_path)
@@ -251,7 +244,7 @@ def test_head_filter_is_a_chain_of_two_gated_steps():
 
 
 def test_an_unknown_scorer_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match=r"no scorer 'guess'. Known: head-activation, head-"):
+    with pytest.raises(UnknownNameError, match=r"no scorer 'guess'. Known: bm25, .*head-a"):
         scorers.make("guess", {})
 
 

@@ -4,13 +4,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import HeadMapError
-from p2d_core.heads.head_map import HEAD_SCHEMA, HeadMap, read_head_map
+from p2d_core.heads.head_map import HEAD_SCHEMA, HeadMap, HeadPick, read_head_map
 from tests.tiny import tiny_llama
 
 # 2 layers x 4 query heads in 2 KV groups, worked by hand
@@ -55,6 +55,64 @@ def test_a_fraction_outside_its_bounds_is_refused(fraction):
         HeadMap.from_scores(SCORES, 2, fraction)
 
 
+def test_with_a_limit_per_layer_the_next_best_of_other_layers_take_their_place():
+    # in order: (0, 1), (1, 2), (1, 0), (0, 2), (0, 3) ...
+    capped = HeadPick(0.25, max_per_layer=1).of(SCORES, 2)
+    assert capped.task_heads == ((0, 1), (1, 2))
+    scores = torch.tensor([[5.0, 4, 3, 2], [1, 0, 0, 0]])
+    assert HeadPick(0.375).of(scores, 2).task_heads == ((0, 0), (0, 1), (0, 2))
+    three = HeadPick(0.375, max_per_layer=2).of(scores, 2)
+    assert three.task_heads == ((0, 0), (0, 1), (1, 0))
+
+
+def test_of_heads_that_share_keys_and_values_one_is_taken():
+    # groups of two: (0, 0) and (0, 1); (0, 2) and (0, 3)
+    scores = torch.tensor([[5.0, 4, 3, 2], [1, 0, 0, 0]])
+    one_each = HeadPick(0.375, one_per_kv_group=True).of(scores, 2)
+    assert one_each.task_heads == ((0, 0), (0, 2), (1, 0))
+    assert HeadMap.from_table(one_each.to_table()).task_heads == one_each.task_heads
+
+
+@settings(deadline=None)  # the first one may wait for a busy machine
+@given(
+    arrays("float64", (3, 4), elements=st.floats(-5, 5)),
+    st.sampled_from([None, 1, 2, 3]),
+    st.booleans(),
+    st.floats(0.01, 1),
+)
+def test_limits_hold_and_no_better_head_was_left_out_without_one(scores, most, one_each, fraction):
+    try:
+        got = HeadPick(fraction, most, one_each).of(torch.from_numpy(scores), 2)
+    except HeadMapError as error:
+        assert "lift the limit" in str(error)  # noqa: PT017
+        assert math.ceil(fraction * 12 - 1e-9) > 3 * min(most or 4, 2 if one_each else 4)
+        return
+    chosen = set(got.task_heads)
+    assert len(chosen) == max(1, math.ceil(fraction * 12 - 1e-9))
+    ranks = got.ranks()
+    for layer in range(3):
+        heads = [head for at, head in chosen if at == layer]
+        assert most is None or len(heads) <= most
+        assert not one_each or len({head // 2 for head in heads}) == len(heads)
+        full = len(heads) == most
+        for head in range(4):
+            taken = one_each and head // 2 in {other // 2 for other in heads}
+            if (layer, head) not in chosen and not full and not taken:
+                assert all(ranks[layer, head] > ranks[other] for other in chosen)
+
+
+def test_more_heads_than_the_limits_leave_are_refused():
+    with pytest.raises(
+        HeadMapError,
+        match=r"fraction 0\.5 asks for 4 of 8 heads, but heads\.max_per_layer 1 leave at most 2",
+    ):
+        HeadPick(0.5, max_per_layer=1).of(SCORES, 2)
+    with pytest.raises(HeadMapError, match=r"max_per_layer 3 and heads\.one_per_kv_group leave at"):
+        HeadPick(0.9, max_per_layer=3, one_per_kv_group=True).of(SCORES, 2)
+    with pytest.raises(HeadMapError, match=r"max_per_layer is 0; it has to be at least 1"):
+        HeadPick(0.5, max_per_layer=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_refused(bad):
     scores = SCORES.clone()
@@ -93,6 +151,7 @@ def test_the_table_worked_by_hand():
     ]
 
 
+@settings(deadline=None)  # the first one may wait for a busy machine
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)).flatmap(
         lambda n: st.tuples(
@@ -115,6 +174,7 @@ def test_a_map_survives_its_table_in_any_order(scores_and_groups, fraction, shuf
     assert sorted(again.ranks().flatten().tolist()) == list(range(1, len(rows) + 1))
 
 
+@settings(deadline=None)  # the first one may wait for a busy machine
 @given(arrays("float64", (3, 4), elements=st.floats(-9, 9), unique=True), st.floats(0.01, 1))
 def test_no_head_outside_scores_higher_than_a_task_head(scores, fraction):
     head_map = HeadMap.from_scores(torch.from_numpy(scores), 2, fraction)

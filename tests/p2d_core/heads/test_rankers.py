@@ -26,7 +26,7 @@ from p2d_core.heads.spad import Spad, head_matrices, spad
 from p2d_core.samples.tokens import EncodedSample
 from tests.tiny import tiny_llama
 
-NAMES = ["ablation", "frobenius", "gradient", "random", "spad"]
+NAMES = ["ablation", "bottom", "frobenius", "gradient", "random", "spad", "taylor"]
 
 
 def samples(n=6, seed=0):
@@ -115,14 +115,14 @@ def test_whoever_says_so_needs_a_proxy_run_and_nobody_else(name):
         assert ranker.rank(without).shape == (3, 8)
 
 
-@pytest.mark.parametrize("name", ["ablation", "gradient"])
+@pytest.mark.parametrize("name", ["ablation", "gradient", "taylor"])
 def test_without_samples_there_is_no_loss(name):
     with pytest.raises(InputError, match="there are none"):
         rankers.make(name, {}).rank(evidence(samples=[]))
 
 
 def test_unknown_names_and_settings_are_refused():
-    with pytest.raises(UnknownNameError, match=r"no ranker 'spat'. Known: ablation, frob"):
+    with pytest.raises(UnknownNameError, match=r"no ranker 'spat'. Known: ablation, bottom, frob"):
         rankers.make("spat", {})
     with pytest.raises(SettingsError, match=r"'spad' has no setting temp. Known: temperature, sup"):
         rankers.make("spad", {"temp": 1})
@@ -300,11 +300,61 @@ def test_gradient_is_the_rms_over_the_heads_own_slices():
         assert float(scores[layer, head]) == pytest.approx(float(rms), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ablation", "gradient"])
+@pytest.mark.parametrize("name", ["ablation", "gradient", "taylor"])
 def test_losses_do_not_depend_on_the_batches(name):
     one = rankers.make(name, {}).rank(replace(evidence(), batch_size=1))
     all_at_once = rankers.make(name, {}).rank(replace(evidence(), batch_size=99))
     torch.testing.assert_close(one, all_at_once, atol=1e-5, rtol=1e-4)
+
+
+def test_taylor_is_the_change_of_the_loss_when_a_head_is_turned_down_a_little():
+    """Per sample, by a finite difference: the head's o columns times 1 - epsilon.
+
+    Norms compute in float32 even so, and a smaller epsilon would show their rounding.
+    """
+    given_ = evidence()
+    scores = rankers.make("taylor", {}).rank(given_)
+    for layer, head in [(0, 0), (1, 3), (2, 7)]:
+        changes = []
+        piece = head_slices(given_.layers[layer], head)["o"]
+        for sample in given_.samples:
+            losses = []
+            for factor in (1.01, 0.99):
+                changed = copy.deepcopy(model()).double()
+                with torch.no_grad():
+                    weight = changed.get_submodule(piece.module).weight
+                    weight[:, piece.start : piece.stop] *= factor
+                    losses.append(float(response_loss_by_hand(changed, [sample])))
+            changes.append(abs(losses[0] - losses[1]) / 0.02)
+        assert float(scores[layer, head]) == pytest.approx(np.mean(changes), rel=5e-3)
+
+
+def test_taylor_normalised_gives_every_layer_the_length_1():
+    plain = rankers.make("taylor", {}).rank(evidence())
+    normalised = rankers.make("taylor", {"normalise_layers": True}).rank(evidence())
+    torch.testing.assert_close(normalised.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(normalised, plain / plain.norm(dim=1, keepdim=True))
+
+
+def test_the_bottom_of_a_ranking_is_its_worst_heads():
+    given_ = evidence(moved_heads(model(), [(0, 3), (2, 6)]))
+    best = HeadMap.from_scores(rankers.make("frobenius", {}).rank(given_), 4, 2 / 24)
+    worst = HeadMap.from_scores(rankers.make("bottom", {}).rank(given_), 4, 22 / 24)
+    assert set(best.task_heads).isdisjoint(worst.task_heads)
+    random = rankers.make("random", {"seed": 3}).rank(given_)
+    of_random = rankers.make("bottom", {"of": "random", "options": {"seed": 3}})
+    assert torch.equal(of_random.rank(given_), -random)
+    assert not of_random.needs_proxy_run
+    assert rankers.make("bottom", {}).needs_proxy_run
+
+
+def test_the_bottom_of_what_is_not_there_is_refused():
+    with pytest.raises(UnknownNameError, match="there is no ranker 'top'"):
+        rankers.make("bottom", {"of": "top"})
+    with pytest.raises(SettingsError, match="`of` is bottom itself"):
+        rankers.make("bottom", {"of": "bottom"})
+    with pytest.raises(SettingsError, match="'frobenius' has no setting seed"):
+        rankers.make("bottom", {"options": {"seed": 1}})
 
 
 def test_random_heads_differ_by_seed_alone():

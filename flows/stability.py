@@ -1,0 +1,113 @@
+"""How far head rankings agree from one draw of the proxy set to the next."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.adapt import Run, draws_of, rank_on, read_target
+from flows.environment import wait_for_server
+from flows.inputs import check_inputs, make_runtime
+from flows.ledger import Ledger
+from flows.settings import RunSettings
+from p2d_core.errors import InputError
+from p2d_core.heads.draws import Agreement, agreement
+from p2d_core.heads.head_map import HeadPick
+from p2d_core.heads.ranking import rankers
+from tasks.heads import head_map_in
+from tasks.samples import target_part
+from tasks.stage import Plugin
+
+SHARES = (0.05, 0.1, 0.2, 0.5)
+"""Of the heads, that are compared beside the settings' own choice."""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What came of a comparison of draws."""
+
+    name: str
+    draws: int
+    proxy_samples: int
+    shared_samples: float
+    """Share of the proxy samples that two draws have in common; the mean over pairs."""
+    task_heads: int
+    """As the settings pick them."""
+    total_heads: int
+    rankers: dict[str, Agreement]
+    """``top[0]`` of each compares the task heads as the settings pick them."""
+    maps: dict[str, list[str]]
+    """The head maps' folders, one a draw."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the keys are the fields' names."""
+        return asdict(self)
+
+
+def run_stability(
+    settings: RunSettings, *, store: Path, draws: int, names: Sequence[str] = ()
+) -> Stability:
+    """Checks all input, then ranks the heads on every draw.
+
+    Args:
+        names: of the rankers; that of the settings, with its options, if empty.
+
+    Raises:
+        InputError: before anything was started.
+    """
+    if draws < 2:
+        raise InputError(f"--draws is {draws}; it takes at least 2 draws to compare.")
+    plugins = [_plugin(settings, name) for name in dict.fromkeys(names or [settings.heads.ranker])]
+    several = settings.heads.model_copy(update={"average_over": draws})
+    settings = settings.model_copy(update={"heads": several})
+    check_inputs(settings)
+    named = stability.with_options(flow_run_name=f"{settings.name} stability")
+    wait_for_server()
+    return named(settings, store=str(store.resolve()), plugins=plugins)
+
+
+def _plugin(settings: RunSettings, name: str) -> Plugin:
+    own = name == settings.heads.ranker
+    return Plugin.of(name, rankers.make(name, settings.heads.options if own else {}))
+
+
+@flow(name="heads-stability", persist_result=False, validate_parameters=False)
+def stability(settings: RunSettings, store: str, plugins: list[Plugin]) -> Stability:
+    """Ranks the heads on draws of the proxy set, ``heads.average_over`` of them, and compares."""
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    inputs = check_inputs(settings)
+    run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
+    with run.ledger.stage("samples") as made:
+        target, _ = read_target(run, [])
+        made.append(target)
+    targets = draws_of(run, target, settings.heads.average_over)
+    found: dict[str, Agreement] = {}
+    folders: dict[str, list[str]] = {}
+    for plugin in plugins:
+        refs = [rank_on(run, each, plugin) for each in targets]
+        maps = [head_map_in(ref) for ref in refs]
+        tops = [[set(each.task_heads) for each in maps]]
+        for share in SHARES:
+            picked = [HeadPick(share).of(each.scores, each.n_kv_groups) for each in maps]
+            tops.append([set(each.task_heads) for each in picked])
+        found[plugin.name] = agreement([each.scores for each in maps], tops)
+        folders[plugin.name] = [ref.location for ref in refs]
+    samples = [{s.sample_id for s in target_part(each, "proxy")} for each in targets]
+    shared = [len(a & b) / len(a) for a, b in combinations(samples, 2)]
+    return Stability(
+        name=settings.name,
+        draws=len(targets),
+        proxy_samples=settings.proxy.samples,
+        shared_samples=sum(shared) / len(shared),
+        task_heads=len(maps[0].task_heads),
+        total_heads=maps[0].scores.numel(),
+        rankers=found,
+        maps=folders,
+    )
