@@ -17,7 +17,14 @@ from tests.tiny import tiny_llama
 from tests.tiny_tokenizer import tiny_word_level
 
 WORDS = [f"w{i}" for i in range(40)]
-PARTS = {"head-activation": 1.0, "loss-shift": 0.5, "less": -0.1, "bm25": 0.2}
+PARTS = {
+    "head-activation": 1.0,
+    "loss-shift": 0.5,
+    "head-influence": 0.1,
+    "icl-attention": 0.3,
+    "less": -0.1,
+    "bm25": 0.2,
+}
 NEEDED: dict[str, dict] = {"sum": {"parts": PARTS}}
 """Options without which a scorer is none."""
 

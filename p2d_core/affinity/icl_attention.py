@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from p2d_core.affinity.in_context import Context, draw_contexts, kept_samples, samples_kept
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.attention.capture import attention_paid
-from p2d_core.errors import SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
-from p2d_core.samples.tokens import EncodedSample, each_batch
+from p2d_core.samples.tokens import each_batch
 
-NOTHING, DEMONSTRATION, QUERY_RESPONSE = -1, 1, -2
+ATTENTION, CIRCUMSTANCES, GAIN = "attention", "circumstances", "gain"
+N_CIRCUMSTANCES = 4
 
 
 @scorers.register("icl-attention")
@@ -30,138 +30,147 @@ NOTHING, DEMONSTRATION, QUERY_RESPONSE = -1, 1, -2
 class IclAttention:
     """The attention that the task heads pay to a sample from the answers of target queries.
 
-    The candidate stands among demonstrations of the proxy set before a proxy query; its affinity
-    is the attention paid to a token of it, over that paid to a token of the other demonstrations,
-    averaged over task heads and draws. Fellow demonstrations, query and the candidate's place are
-    drawn from the sample's id alone.
+    The candidate stands among demonstrations of the proxy set before a proxy query with its right
+    answer. What a head pays depends on the candidate's length, on its place and on how long the
+    others are, whatever it says: by how much is measured on the whole corpus, head by head (least
+    squares of the logarithm), and taken off. So a part of the affinity that goes with length is
+    lost too. Fellow demonstrations, query and place are drawn from the sample's id alone.
 
     Needs a model that can learn in context: small ones cannot, and for them this says nothing.
     Costs ``draws`` forward passes of ``demonstrations`` + 1 samples each, as deep as the deepest
-    task head.
+    task head; three times that, and whole passes, if weighed by gain.
 
     Source: P2D (arXiv 2605.21558), after Data Whisperer (arXiv 2505.12212); one candidate a
-    sequence, so that a measurement does not depend on its neighbours, is ours.
+    sequence, so that a measurement does not depend on its neighbours, and the biases that are
+    measured, are ours.
     """
 
     demonstrations: Annotated[int, Field(ge=2)] = 3
     """Samples before the query, the candidate among them; at least 2."""
     draws: Annotated[int, Field(ge=1)] = 2
     """How many queries a candidate is tried with."""
+    bias: Literal["measured", "per-token"] = "measured"
+    """measured: length and place are taken off; per-token: attention over length, as the papers."""
+    weigh_by_gain: bool = False
+    """Weigh a draw by how many times likelier the candidate makes a token of the answer."""
     seed: int = 0
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     measures_target: ClassVar[bool] = True
-    measured_by: ClassVar[tuple[str, ...]] = ("demonstrations", "draws", "seed")
+    measured_by: ClassVar[tuple[str, ...]] = ("demonstrations", "draws", "weigh_by_gain", "seed")
     runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
     needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
-        """The task heads and the proxy samples' token ids, end to end with their lengths."""
+        """The task heads and the proxy samples' token ids."""
         assert heads is not None
-        encoded = model.encode(target.proxy)
-        return {
-            "heads": torch.tensor(heads.task_heads, dtype=torch.int64),
-            "ids": torch.tensor([i for sample in encoded for i in sample.input_ids]),
-            "lengths": torch.tensor([len(sample.input_ids) for sample in encoded]),
-            "prompts": torch.tensor([sample.n_prompt for sample in encoded]),
-        }
+        state = {"heads": torch.tensor(heads.task_heads, dtype=torch.int64)}
+        return state | kept_samples(model, target.proxy)
 
     def measure(
         self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
     ) -> dict[str, Any]:
-        """``attention``: share of attention a token, candidate over fellows, by task head."""
+        """By draw: ``attention`` of each task head, a share; ``circumstances``; ``gain`` if wanted.
+
+        Circumstances are the demonstrations between candidate and query, and the tokens of
+        candidate, other demonstrations and query. The gain is in nats a token of the answer.
+        """
         heads = [(int(layer), int(head)) for layer, head in state["heads"]]
-        proxies = _proxies(state)
-        sequences: list[_Sequence] = []
-        for sample in model.encode(shard):
-            sequences += [self._sequence(sample, proxies, draw) for draw in range(self.draws)]
-        _check_positions(model, max(len(sequence.segments) for sequence in sequences))
-        paid = torch.empty(len(sequences), len(heads))
+        contexts = draw_contexts(
+            model, shard, samples_kept(state), self.demonstrations, self.draws, self.seed
+        )
+        paid = _attention(model, heads, contexts)
+        circumstances = torch.tensor([context.circumstances for context in contexts])
+        columns = {
+            ATTENTION: _lists(paid.view(len(shard), -1)),
+            CIRCUMSTANCES: _lists(circumstances.float().view(len(shard), -1)),
+        }
+        if self.weigh_by_gain:
+            without = model.response_losses([context.without for context in contexts])
+            gain = without - model.response_losses([context.tokens for context in contexts])
+            columns[GAIN] = _lists(gain.view(len(shard), -1))
+        return columns
 
-        def of(positions: list[int]) -> Tensor:
-            ids, mask, rows, segments = _collate([sequences[i] for i in positions], model.pad_id)
-            shares = attention_paid(
-                model.model,
-                model.layers,
-                heads,
-                ids.to(model.device),
-                mask.to(model.device),
-                rows.to(model.device),
-                segments.to(model.device),
-                2,
-            ).cpu()
-            sizes = torch.stack([(segments == part).sum(dim=1) for part in (0, 1)], dim=1)
-            a_token = shares / sizes[:, None, :].clamp(min=1)
-            return a_token[..., 0] / a_token[..., 1].clamp(min=1e-9)
-
-        tokens = [sequence.tokens for sequence in sequences]
-        for positions, part in each_batch(tokens, model.budget, of):
-            paid[positions] = part
-        mean = paid.view(len(shard), self.draws, len(heads)).mean(dim=1).contiguous()
-        flat = pa.array(mean.reshape(-1).numpy())
-        return {"attention": pa.FixedSizeListArray.from_arrays(flat, len(heads))}
+    def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
+        """``effects`` too: of the circumstances on the logarithm of each head's attention."""
+        n_heads = len(state["heads"])
+        width = self.demonstrations + N_CIRCUMSTANCES - 1
+        squares, products = np.zeros((width, width)), np.zeros((width, n_heads))
+        for table in only(measured, ATTENTION, CIRCUMSTANCES):
+            given, paid = self._given(table), _draws(table, ATTENTION, n_heads)
+            squares += given.T @ given
+            products += given.T @ np.log(paid)
+        return state | {"effects": torch.from_numpy(np.linalg.pinv(squares) @ products)}
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
-        """Mean over task heads; 1 is what another target sample gets in the same place."""
-        for table in measured:
-            flat = table["attention"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            yield pa.array(np.asarray(flat, np.float64).reshape(len(table), -1).mean(axis=1))
+        """Mean over task heads and draws.
 
-    def _sequence(self, candidate: EncodedSample, proxies: list[_Proxy], draw: int) -> _Sequence:
-        text = f"{self.seed}:{draw}:{candidate.sample_id}"
-        rng = random.Random(hashlib.sha256(text.encode()).digest())
-        fellows = rng.sample(range(len(proxies)), min(self.demonstrations, len(proxies)))
-        query = proxies[fellows.pop()]
-        order = [(proxies[i].ids, DEMONSTRATION) for i in fellows]
-        order.insert(rng.randrange(len(order) + 1), (candidate.input_ids, 0))
-        ids = [i for part, _ in order for i in part]
-        segments = [mark for part, mark in order for _ in part]
-        ids += query.ids
-        segments += [NOTHING] * query.n_prompt
-        segments += [QUERY_RESPONSE] * (len(query.ids) - query.n_prompt)
-        return _Sequence(EncodedSample(candidate.sample_id, ids, 1), segments)
+        measured: nats, 0 is what is usual in a sample's circumstances; weighed, a factor of it.
+        per-token: a share of attention.
+        """
+        n_heads = len(state["heads"])
+        if self.bias == "measured" and "effects" not in state:
+            state = self.fit(state, measured)
+        for table in only(measured, ATTENTION, CIRCUMSTANCES, GAIN):
+            paid = _draws(table, ATTENTION, n_heads)
+            if self.bias == "per-token":
+                lengths = _draws(table, CIRCUMSTANCES, N_CIRCUMSTANCES)[:, 1]
+                of_draws = paid.mean(axis=1) / np.maximum(lengths, 1)
+            else:
+                usual = self._given(table) @ state["effects"].numpy()
+                of_draws = (np.log(paid) - usual).mean(axis=1)
+            if self.weigh_by_gain:
+                factor = np.exp(of_draws) if self.bias == "measured" else of_draws
+                of_draws = factor * np.exp(_draws(table, GAIN, 1)[:, 0])
+            yield pa.array(of_draws.reshape(len(table), -1).mean(axis=1))
 
-
-@dataclass(frozen=True)
-class _Proxy:
-    ids: list[int]
-    n_prompt: int
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    tokens: EncodedSample
-    segments: list[int]
+    def _given(self, table: pa.Table) -> np.ndarray[Any, Any]:
+        """A row a draw: which place it is, and the logarithms of three lengths."""
+        circumstances = _draws(table, CIRCUMSTANCES, N_CIRCUMSTANCES)
+        place = circumstances[:, :1].astype(np.int64) == np.arange(self.demonstrations)
+        return np.concatenate([place, np.log1p(circumstances[:, 1:])], axis=1)
 
 
-def _check_positions(model: CapturedModel, longest: int) -> None:
-    """Beyond its positions a model fails, or looks at what it has never seen."""
-    most = getattr(model.model.config, "max_position_embeddings", None)
-    if most is not None and longest > most:
-        raise SettingsError(
-            f"icl-attention puts {longest} tokens side by side, the model's positions reach "
-            f"{most}. Lower format.max_tokens, or `demonstrations` in scoring.options."
-        )
+def _attention(
+    model: CapturedModel, heads: list[tuple[int, int]], contexts: Sequence[Context]
+) -> Tensor:
+    """Share of the answer's attention that the candidate gets, ``[contexts, heads]``."""
+    paid = torch.empty(len(contexts), len(heads))
+
+    def of(positions: list[int]) -> Tensor:
+        chosen = [contexts[i] for i in positions]
+        longest = max(len(context.tokens) for context in chosen)
+        ids = torch.full((len(chosen), longest), model.pad_id)
+        mask = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        answers = torch.zeros(len(chosen), longest, dtype=torch.bool)
+        segments = torch.full((len(chosen), longest), -1)
+        for row, context in enumerate(chosen):
+            length = len(context.tokens)
+            ids[row, :length] = torch.tensor(context.tokens.input_ids)
+            mask[row, :length] = 1
+            answers[row, context.tokens.n_prompt : length] = True
+            segments[row, context.start : context.stop] = 0
+        # in a sum, another thread may have tuned slices in the model, or silenced heads
+        with model.looking_through(tuned=False):
+            shares = attention_paid(
+                model.model, model.layers, heads, ids, mask, answers, segments, n_segments=1
+            )
+        return shares[..., 0].cpu()
+
+    for positions, part in each_batch([each.tokens for each in contexts], model.budget, of):
+        paid[positions] = part
+    return paid
 
 
-def _proxies(state: ScorerState) -> list[_Proxy]:
-    parts = torch.split(state["ids"], state["lengths"].tolist())
-    return [
-        _Proxy(part.tolist(), int(n_prompt))
-        for part, n_prompt in zip(parts, state["prompts"], strict=True)
-    ]
+def _lists(values: Tensor) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(values.contiguous().view(-1).numpy()), values.shape[1]
+    )
 
 
-def _collate(sequences: Sequence[_Sequence], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    longest = max(len(sequence.segments) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)
-    marks = torch.full((len(sequences), longest), NOTHING)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.segments)
-        ids[row, :length] = torch.tensor(sequence.tokens.input_ids)
-        marks[row, :length] = torch.tensor(sequence.segments)
-        mask[row, :length] = 1
-    rows = marks == QUERY_RESPONSE
-    return ids, mask, rows, marks.where(marks >= 0, NOTHING)
+def _draws(table: pa.Table, column: str, width: int) -> np.ndarray[Any, Any]:
+    """``[samples * draws, width]``; attention is at least so much that it has a logarithm."""
+    flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    values = np.asarray(flat, np.float64).reshape(-1, width)
+    return np.maximum(values, 1e-9) if column == ATTENTION else values

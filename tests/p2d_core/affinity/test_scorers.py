@@ -22,7 +22,7 @@ SINGLE = [
     *("length", "random", "sum"),
 ]
 RUNNING_NO_MODEL = {"bm25", "length", "tfidf", "random"}
-MODEL_RUN_BY = sorted({*SINGLE} - RUNNING_NO_MODEL - {"icl-attention"})
+MODEL_RUN_BY = sorted({*SINGLE} - RUNNING_NO_MODEL)
 
 
 def test_no_scorer_is_left_out_of_these_tests():
@@ -181,20 +181,6 @@ def test_response_losses_equal_the_models_own(model):
         with torch.inference_mode():
             expected = model.model(input_ids=ids, labels=labels).loss
         assert model.response_losses([sample])[0] == pytest.approx(float(expected), abs=1e-5)
-
-
-def test_icl_attention_pays_equally_to_equal_demonstrations(model, heads):
-    """1 is what another target sample gets: on average over many, proxies give about that."""
-    got = affinities("icl-attention", model, heads, [list(TARGET.proxy)], draws=8)
-    assert got.mean() == pytest.approx(1, abs=0.25)
-
-
-def test_icl_attention_sees_only_demonstrations_and_query(model, heads):
-    scorer = scorers.make("icl-attention", {"draws": 3})
-    state = scorer.prepare(model, heads, TARGET)
-    columns = measure_shard(scorer, model, state, samples(4))
-    assert columns["attention"].type.list_size == 3
-    assert (np.asarray(columns["attention"].combine_chunks().flatten()) > 0).all()
 
 
 def test_tfidf_prefers_words_in_common(model, heads):
