@@ -21,7 +21,7 @@ from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
 from p2d_core.affinity.protocol import Step
 from p2d_core.affinity.scoring import score_corpus
-from p2d_core.errors import HeadMapError, NumericalError, P2DError, TrainingError
+from p2d_core.errors import HeadMapError, ModelError, NumericalError, P2DError, TrainingError
 from p2d_core.evaluation.evaluate import EvaluationSpec, evaluate
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -365,7 +365,7 @@ def test_samples_all_longer_than_the_context_are_cut_and_trained_on(scorer, job,
     assert math.isfinite(done.quality.p2d)
 
 
-def test_a_base_with_weights_that_are_no_numbers_is_found_out_at_once(job, tmp_path):
+def test_a_base_with_weights_that_are_no_numbers_is_refused_before_the_start(job, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for file in BASE_FOLDER.iterdir():
@@ -374,8 +374,9 @@ def test_a_base_with_weights_that_are_no_numbers_is_found_out_at_once(job, tmp_p
     name = next(name for name in weights if "down_proj" in name)
     weights[name][0, 0] = math.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=r"is no number.*weights of the model"):
+    with pytest.raises(ModelError, match=r"down_proj.* has values that are not numbers"):
         job.here(tmp_path / "store", base=str(base))
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))
 
 
 @pytest.mark.parametrize("stage", trials(["proxy", "heads", "training"], quick=0))
