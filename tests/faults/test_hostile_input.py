@@ -55,6 +55,8 @@ CURES = re.compile(
     re.IGNORECASE,
 )
 MOST_CHARACTERS = 3000
+MESSAGE = re.compile(r"(\d\d:\d\d:\d\d .*\n)*error: ")
+"""On a slow machine lines on how far the check is stand before it."""
 
 
 class Started(BaseException):
@@ -80,7 +82,7 @@ def refused(job: Job, monkeypatch: Any, capfd: Any) -> str:
     assert ending.value.code == 2, shown
     assert "Traceback" not in shown
     assert "\x1b" not in shown
-    assert shown.startswith("error: ")
+    assert MESSAGE.match(shown)
     assert len(shown) < MOST_CHARACTERS
     assert CURES.search(shown), shown
     assert everything_in(job.folder) == before
@@ -101,7 +103,7 @@ def test_there_are_a_thousand_of_them():
     assert len(CORPUS) >= 1000
 
 
-@pytest.mark.parametrize("bad", trials(CORPUS, quick=120), ids=str)
+@pytest.mark.parametrize("bad", trials(CORPUS, quick=100), ids=str)
 def test_a_bad_input_is_refused(bad: Bad, tmp_path, monkeypatch, capfd):
     job = Job(tmp_path)
     bad.breaks(job, random.Random(bad.name))
@@ -127,7 +129,7 @@ def test_the_command_itself_refuses_it(name: str, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False)
     shown = done.stderr.decode()
     assert done.returncode == 2, shown
-    assert shown.startswith("error: ")
+    assert MESSAGE.match(shown)
     assert bad.named in shown
     assert "Traceback" not in shown
     assert everything_in(tmp_path) == before
@@ -357,7 +359,7 @@ def test_conditions_that_are_taken(condition: str, canonical: str | None, tmp_pa
 
 
 @given(st.text(max_size=60) | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_condition_is_refused_or_answers_yes_or_no(condition: str):
     try:
         where = checked_condition(condition)

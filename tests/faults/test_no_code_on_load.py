@@ -286,7 +286,7 @@ def loads(text: str, **_: Any) -> Any:
     return {}
 
 
-@pytest.mark.parametrize("name", trials(RESULTS, quick=2))
+@pytest.mark.parametrize("name", trials(RESULTS, quick=1))
 def test_a_planted_result_of_prefect_runs_no_code(name: str, tmp_path, mark, caplog):
     from prefect import flow
 

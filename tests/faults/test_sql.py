@@ -347,6 +347,7 @@ def test_a_statement_that_takes_too_much_memory_is_stopped(name: str, store: Sto
     assert not list((store.root / ".scratch").glob("sql-*"))
 
 
+@pytest.mark.faults
 def test_rows_that_are_read_slowly_do_not_count(store: Store):
     read = 0
     sql = "SELECT range AS x FROM range(100000)"
