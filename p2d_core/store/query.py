@@ -32,6 +32,8 @@ VIEWS = {
     "subset": ("subset", "subset.parquet"),
     "evaluation": ("evaluation", "samples.parquet"),
     "measurements": ("measurements", "measured.parquet"),
+    "comparison": ("comparison", "comparison.parquet"),
+    "comparison_samples": ("comparison", "samples.parquet"),
 }
 """View -> the stage it unites and the name of that stage's tables."""
 

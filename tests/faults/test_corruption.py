@@ -79,7 +79,7 @@ def artifacts_of(store: Store, files: set[Path]) -> set[str]:
     return {file.relative_to(store.root).parts[1] for file in files}
 
 
-@pytest.mark.parametrize("number", trials(range(OF_A_STORE), quick=24))
+@pytest.mark.parametrize("number", trials(range(OF_A_STORE), quick=12))
 def test_a_damaged_artifact_is_found_set_aside_and_made_again(
     number: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,6 +40,7 @@ def test_another_seed_repeats_itself_and_is_another_run(
     assert first != undisturbed.contents
 
 
+@pytest.mark.faults
 def test_another_number_of_threads_moves_only_ties_at_the_boundary(
     warm: Warm, undisturbed: Undisturbed, empty: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from flows.cli.main import app, run
 from p2d_core.synthetic.world import BASE_FOLDER
+from tests.families import LATENT, SMALL
 
 
 class Case:
@@ -193,11 +194,12 @@ def test_an_answer_pattern_that_a_reference_does_not_match(case, capsys, monkeyp
 
 
 def test_a_base_whose_heads_cannot_be_found(case, capsys, monkeypatch):
-    from transformers import GPT2Config
+    from transformers import DeepseekV3Config
 
-    GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50).save_pretrained(case.folder / "base")
+    DeepseekV3Config(**SMALL, **LATENT).save_pretrained(case.folder / "base")
     message = refusal(case, capsys, monkeypatch)
-    assert "c_attn" in message
+    assert "kv_b_proj Linear" in message
+    assert "docs/families.md" in message
 
 
 def test_yaml_that_is_none(case, capsys, monkeypatch, tmp_path):

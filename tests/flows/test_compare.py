@@ -10,6 +10,7 @@ from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, read
 from p2d_core.comparison.picture import PICTURE
 from p2d_core.errors import InputError, SettingsError
 from p2d_core.store import Store
+from p2d_core.store.query import open_reader
 from tests.flows.test_adapt import Job
 
 GRID = {
@@ -87,6 +88,18 @@ def test_a_second_run_computes_nothing(compared):
     again = run_compare(load_settings(file), store=job.store)
     assert again.key == made.key
     assert {ref.key for ref in Store(job.store).refs()} == before
+
+
+def test_sql_reads_the_rows(compared):
+    job, _, made = compared
+    with open_reader(Store(job.store)) as ask:
+        rows = ask.run(
+            "SELECT label, avg(quality) AS quality FROM comparison WHERE error IS NULL GROUP BY ALL"
+        ).read_all()
+        (per_sample,) = ask.run("SELECT count(*) AS n FROM comparison_samples").read_all()["n"]
+    runs, _, _ = read(made.path)
+    assert set(rows["label"].to_pylist()) == {run.arm.label for run in runs if not run.failed}
+    assert per_sample.as_py() == sum(len(run.values) for run in runs)
 
 
 def test_the_screen_shows_arms_verdict_and_picture(compared, capsys):
