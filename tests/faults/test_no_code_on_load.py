@@ -23,7 +23,7 @@ from prefect.settings import get_current_settings
 from flows.inputs import check_inputs
 from flows.settings import load_settings
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.adaptation.training import _last_checkpoint, train
+from p2d_core.adaptation.training import _last_checkpoint, _seal, train
 from p2d_core.errors import InputError, P2DError
 from p2d_core.heads.head_map import read_head_map
 from p2d_core.models import load_model, load_tokenizer
@@ -31,6 +31,7 @@ from p2d_core.samples.read import read_samples
 from p2d_core.samples.source import SourceSpec
 from p2d_core.samples.tokens import EncodedSample
 from p2d_core.store import Store
+from p2d_core.store.manifest import sealed
 from p2d_core.store.query import open_reader
 from p2d_core.synthetic.world import BASE_FOLDER
 from tasks.samples import read_source
@@ -214,11 +215,12 @@ def test_a_checkpoint_of_training_runs_no_code(file, zipped, checkpoints, tmp_pa
     assert set(CHECKPOINT_FILES) <= {each.name for each in folders[-1].iterdir()}
     for folder in folders:
         as_torch(mark, folder / file, zipped=zipped)
+        _seal(folder, 1.0)  # whoever plants it can count it in as well
     again = trained(scratch)
     assert not mark.exists()
     assert torch.equal(again, undisturbed)
     if file != "training_args.bin":  # which nobody reads
-        assert "cannot be gone on from" in caplog.text
+        assert "it cannot be loaded" in caplog.text
 
 
 def test_a_checkpoint_that_is_right_is_gone_on_from(checkpoints):
@@ -344,7 +346,7 @@ def test_parquet_of_the_store_runs_no_code(tmp_path, mark):
         for file in ref.path.rglob("*.parquet"):
             pq.write_table(extension(mark, pq.read_table(file)), file)
             values["files"][str(file.relative_to(ref.path))]["size"] = file.stat().st_size
-        (ref.path / "manifest.json").write_text(json.dumps(values))
+        (ref.path / "manifest.json").write_text(sealed(values))
     try:
         read_head_map(refs["heads"].path / "heads.parquet")
     except P2DError as error:
