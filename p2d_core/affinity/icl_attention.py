@@ -12,14 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from p2d_core.affinity.in_context import Context, draw_contexts, kept_samples, samples_kept
+from p2d_core.affinity.in_context import (
+    candidate_attention,
+    draw_contexts,
+    kept_samples,
+    samples_kept,
+)
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
-from p2d_core.attention.capture import attention_paid
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
-from p2d_core.samples.tokens import each_batch
 
 ATTENTION, CIRCUMSTANCES, GAIN = "attention", "circumstances", "gain"
 N_CIRCUMSTANCES = 4
@@ -80,7 +83,7 @@ class IclAttention:
         contexts = draw_contexts(
             model, shard, samples_kept(state), self.demonstrations, self.draws, self.seed
         )
-        paid = _attention(model, heads, contexts)
+        paid = candidate_attention(model, heads, contexts)
         circumstances = torch.tensor([context.circumstances for context in contexts])
         columns = {
             ATTENTION: _lists(paid.view(len(shard), -1)),
@@ -130,37 +133,6 @@ class IclAttention:
         circumstances = _draws(table, CIRCUMSTANCES, N_CIRCUMSTANCES)
         place = circumstances[:, :1].astype(np.int64) == np.arange(self.demonstrations)
         return np.concatenate([place, np.log1p(circumstances[:, 1:])], axis=1)
-
-
-def _attention(
-    model: CapturedModel, heads: list[tuple[int, int]], contexts: Sequence[Context]
-) -> Tensor:
-    """Share of the answer's attention that the candidate gets, ``[contexts, heads]``."""
-    paid = torch.empty(len(contexts), len(heads))
-
-    def of(positions: list[int]) -> Tensor:
-        chosen = [contexts[i] for i in positions]
-        longest = max(len(context.tokens) for context in chosen)
-        ids = torch.full((len(chosen), longest), model.pad_id)
-        mask = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        answers = torch.zeros(len(chosen), longest, dtype=torch.bool)
-        segments = torch.full((len(chosen), longest), -1)
-        for row, context in enumerate(chosen):
-            length = len(context.tokens)
-            ids[row, :length] = torch.tensor(context.tokens.input_ids)
-            mask[row, :length] = 1
-            answers[row, context.tokens.n_prompt : length] = True
-            segments[row, context.start : context.stop] = 0
-        # in a sum, another thread may have tuned slices in the model, or silenced heads
-        with model.looking_through(tuned=False):
-            shares = attention_paid(
-                model.model, model.layers, heads, ids, mask, answers, segments, n_segments=1
-            )
-        return shares[..., 0].cpu()
-
-    for positions, part in each_batch([each.tokens for each in contexts], model.budget, of):
-        paid[positions] = part
-    return paid
 
 
 def _lists(values: Tensor) -> pa.FixedSizeListArray:

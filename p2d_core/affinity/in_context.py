@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from p2d_core.attention.capture import attention_paid
 from p2d_core.models import CapturedModel, most_tokens
 from p2d_core.samples.schema import Sample
-from p2d_core.samples.tokens import EncodedSample
+from p2d_core.samples.tokens import EncodedSample, each_batch
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,37 @@ def draw_contexts(
         for candidate in model.encode(shard)
         for draw in range(draws)
     ]
+
+
+def candidate_attention(
+    model: CapturedModel, heads: list[tuple[int, int]], contexts: Sequence[Context]
+) -> Tensor:
+    """Share of the answer's attention that the candidate gets, ``[contexts, heads]``."""
+    paid = torch.empty(len(contexts), len(heads))
+
+    def of(positions: list[int]) -> Tensor:
+        chosen = [contexts[i] for i in positions]
+        longest = max(len(context.tokens) for context in chosen)
+        ids = torch.full((len(chosen), longest), model.pad_id)
+        mask = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        answers = torch.zeros(len(chosen), longest, dtype=torch.bool)
+        segments = torch.full((len(chosen), longest), -1)
+        for row, context in enumerate(chosen):
+            length = len(context.tokens)
+            ids[row, :length] = torch.tensor(context.tokens.input_ids)
+            mask[row, :length] = 1
+            answers[row, context.tokens.n_prompt : length] = True
+            segments[row, context.start : context.stop] = 0
+        # in a sum, another thread may have tuned slices in the model, or silenced heads
+        with model.looking_through(tuned=False):
+            shares = attention_paid(
+                model.model, model.layers, heads, ids, mask, answers, segments, n_segments=1
+            )
+        return shares[..., 0].cpu()
+
+    for positions, part in each_batch([each.tokens for each in contexts], model.budget, of):
+        paid[positions] = part
+    return paid
 
 
 def _context(

@@ -142,3 +142,26 @@ def test_a_draw_weighs_by_how_much_the_candidate_lowers_the_answers_loss(model, 
     plain = affinities("icl-attention", model, heads, [corpus], draws=1, bias="per-token")
     weighed = affinities("icl-attention", model, heads, [corpus], **options)
     np.testing.assert_allclose(weighed / plain, [math.exp(gain) for gain in gains], rtol=1e-4)
+
+
+def test_data_whisperer_is_likelihood_times_attention_a_token(model, heads):
+    """Against transformers' own loss and eager attention, a context at a time."""
+    corpus = samples(4)
+    expected = []
+    model.model.set_attn_implementation("eager")
+    try:
+        for context in contexts_of(model, corpus):
+            ids = torch.tensor([context.tokens.input_ids])
+            labels = ids.clone()
+            labels[:, : context.tokens.n_prompt] = -100
+            with torch.inference_mode():
+                output = model.model(ids, labels=labels, output_attentions=True)
+            # the second of three layers, all 8 heads
+            rows = output.attentions[1][0, :, context.tokens.n_prompt :]
+            paid = rows[..., context.start : context.stop].sum(dim=-1).mean(dim=-1).sum()
+            length = context.stop - context.start
+            expected.append(math.exp(-float(output.loss)) * float(paid) / length)
+    finally:
+        model.model.set_attn_implementation("sdpa")
+    got = affinities("data-whisperer", model, heads, [corpus])
+    np.testing.assert_allclose(got, np.reshape(expected, (4, 2)).mean(axis=1), rtol=1e-4)

@@ -4,7 +4,13 @@ from hypothesis import strategies as st
 
 from p2d_core.errors import DataError
 from p2d_core.samples.schema import Sample, sample_id_of
-from p2d_core.samples.split import CorpusCounts, assemble_corpus, draw_target, refuse_overlap
+from p2d_core.samples.split import (
+    CorpusCounts,
+    assemble_corpus,
+    draw_target,
+    redraw_proxy,
+    refuse_overlap,
+)
 
 
 def sample(text: str, row: int = 0, source: str = "mine") -> Sample:
@@ -114,3 +120,21 @@ def test_counts_add():
     two.kept["b"] += 1
     total = one + two
     assert (dict(total.kept), total.duplicates, total.excluded) == ({"a": 2, "b": 1}, 1, 3)
+
+
+def test_another_draw_of_the_proxy_set_leaves_the_other_parts_alone():
+    split = draw_target(samples(60), n_proxy=10, n_held_out=5, n_evaluation=5, seed=1)
+    first, again, other = (redraw_proxy(split, draw) for draw in (1, 1, 2))
+    assert first == again
+    assert first.proxy != other.proxy
+    for each in (first, other):
+        assert (each.held_out, each.evaluation) == (split.held_out, split.evaluation)
+        assert len(each.proxy) == 10
+        ids = [sample.sample_id for sample in [*each.proxy, *each.rest]]
+        assert sorted(ids) == sorted(s.sample_id for s in [*split.proxy, *split.rest])
+
+
+def test_a_target_without_rest_has_no_other_draw():
+    split = draw_target(samples(20), n_proxy=10, n_held_out=5, n_evaluation=5, seed=1)
+    with pytest.raises(DataError, match=r"beside its 10 proxy samples .* no other proxy set"):
+        redraw_proxy(split, 1)
