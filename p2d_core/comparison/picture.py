@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from p2d_core.comparison.arms import BASE, EVERYTHING
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE
 from p2d_core.comparison.verdict import ArmLine
 
 PICTURE = "comparison.png"
@@ -43,7 +43,10 @@ def draw(lines: Sequence[ArmLine], metric: str, higher_is_better: bool, path: Pa
     scorers = sorted({key[0] for key in groups})
     colours = dict(zip(scorers, matplotlib.colormaps["tab10"].colors * 3, strict=False))  # type: ignore[attr-defined]
     rankers = sorted({key[1] for key in groups})
-    for (scorer, ranker, _), members in sorted(groups.items()):
+    for (scorer, ranker, fraction), alone in sorted(groups.items()):
+        members = list(alone)
+        # an adaptation that names no ranker belongs to the scorer's every ranker
+        members += [] if ranker == NONE else groups.get((scorer, NONE, fraction), [])
         members.sort(key=lambda line: line.aer or 0)
         xs = [line.aer or 0 for line in members]
         ys = [line.quality.mean for line in members if line.quality]
@@ -51,13 +54,15 @@ def draw(lines: Sequence[ArmLine], metric: str, higher_is_better: bool, path: Pa
         for line, x, y in zip(members, xs, ys, strict=True):
             assert line.quality is not None
             half = line.quality.high - y if line.quality.n > 1 else 0
-            filled = ranker != "random"
+            filled = line.arm.ranker != "random"
             marker = MARKERS.get(line.arm.adaptation, "v")
             axes.errorbar(
                 x, y, yerr=half, color=colours[scorer], marker=marker, markersize=7,
                 capsize=3, markerfacecolor=colours[scorer] if filled else "white",
             )  # fmt: skip
     axes.set_xscale("log")
+    for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis_formatter(lambda value, _: f"{value:.2g}")
     axes.set_xlabel("AER, cold (selection and training over full fine-tuning on everything)")
     axes.set_ylabel(metric + ("" if higher_is_better else " (lower is better)"))
     axes.grid(alpha=0.25)
