@@ -103,7 +103,7 @@ def test_there_are_a_thousand_of_them():
     assert len(CORPUS) >= 1000
 
 
-@pytest.mark.parametrize("bad", trials(CORPUS, quick=100), ids=str)
+@pytest.mark.parametrize("bad", trials(CORPUS, quick=50), ids=str)
 def test_a_bad_input_is_refused(bad: Bad, tmp_path, monkeypatch, capfd):
     job = Job(tmp_path)
     bad.breaks(job, random.Random(bad.name))

@@ -36,7 +36,7 @@ OF_A_KIND = 64
 OWN_SERVER = 8
 
 
-@pytest.mark.parametrize("number", trials(range(len(KINDS) * OF_A_KIND), quick=2))
+@pytest.mark.parametrize("number", trials(range(len(KINDS) * OF_A_KIND), quick=1))
 def test_a_killed_run_goes_on_and_ends_the_same(
     number: int, warm: Warm, undisturbed: Undisturbed, empty: Path, met: Counter[str]
 ) -> None:
