@@ -116,11 +116,19 @@ def met_in(store: Path, undisturbed: Undisturbed) -> str:
             name
             for name in names(staging)
             if (staging / name).is_file()
-            and (staging / name).stat().st_size < (whole / name).stat().st_size
+            # safetensors writes under another name first
+            and not (
+                (whole / name).exists()
+                and (staging / name).stat().st_size >= (whole / name).stat().st_size
+            )
         ]
         scratch = store / ".scratch" / f"{staging.parent.name}-{whole.name}"
         unsealed = [f for f in scratch.glob("checkpoint-*") if not (f / SEAL).exists()]
-        in_what = f" (in {Path(cut[0]).suffix[1:]})" if cut else " (in checkpoint)" * bool(unsealed)
+        in_what = (
+            f" (in {Path(cut[0]).suffix[1:] or 'safetensors'})"
+            if cut
+            else " (in checkpoint)" * bool(unsealed)
+        )
         return staging.parent.name + in_what
     return "between stages"
 
