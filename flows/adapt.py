@@ -2,91 +2,43 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-import uuid
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from prefect import flow, unmapped
+from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.environment import wait_for_server
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.killed import clear_killed, end_orphans, noted
+from flows.launch import base_of, launch, new_run_id, ranked_bases
 from flows.ledger import Ledger
 from flows.report import make_summary
-from flows.services import service_error
 from flows.settings import RunSettings
-from p2d_core.adaptation.adaptations import Full
-from p2d_core.aer import Reference, machine_name
-from p2d_core.errors import ArtifactError, HeadMapError
-from p2d_core.heads.ranking import rankers
+from flows.stages import (
+    Run,
+    choose,
+    cost_of_full,
+    evaluate,
+    find_heads,
+    other_arms,
+    read_data,
+    reuse_heads,
+    score_corpus,
+    train,
+)
+from p2d_core.errors import HeadMapError
 from p2d_core.models import layers_of
 from p2d_core.store import ArtifactRef, Store
-from tasks.evaluation import evaluate_model
-from tasks.heads import average_heads, head_map_in, rank_heads
-from tasks.measurements import (
-    check_room_for,
-    measure,
-    measure_together,
-    measurer_of,
-    n_steps,
-    scorer_step,
-)
-from tasks.model import calibrate, fine_tune, reference_in
-from tasks.progress import progress_of
-from tasks.proxy import head_proxy_run, proxy_run
+from tasks.heads import head_map_in
 from tasks.record import record
-from tasks.samples import (
-    assemble,
-    read_source,
-    redraw_target,
-    refuse_too_many_rejected,
-    shards_of,
-    split_target,
-)
-from tasks.scores import score
-from tasks.stage import Plugin, Runtime, ShardRef, SourceInput
-from tasks.subset import draw_subset
 from tasks.summary import Summary
-
-log = logging.getLogger(__name__)
-
-NO_HEADS: tuple[tuple[int, int], ...] = ()
-FULL = Plugin.of("full", Full())
-
 
 _begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
 """The run that `run_adapt` has noted and checked, so that the flow does not read all data again."""
 _done: ContextVar[list[Summary] | None] = ContextVar("done", default=None)
 """Where the flow leaves what came of it, for the case that Prefect then cannot be told."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the parts of the flow share."""
-
-    settings: RunSettings
-    inputs: Inputs
-    runtime: Runtime
-    ledger: Ledger
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the samples are."""
-
-    target: ArtifactRef
-    corpus: ArtifactRef
-    evaluation: ArtifactRef
-    retention: ArtifactRef | None
-    sources: tuple[ArtifactRef, ...]
-    """Each file as it was read."""
 
 
 def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None) -> Summary:
@@ -106,35 +58,20 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
-    end_orphans(store)
-    wait_for_server()
-    clear_killed(store)
-    run_id = new_run_id()
-    begun, done = _begun.set((run_id, inputs)), _done.set(finished := [])
-    try:
-        with noted(store, run_id):
+    finished: list[Summary] = []
+    done = _done.set(finished)
+
+    def run(run_id: str) -> Summary:
+        begun = _begun.set((run_id, inputs))
+        try:
             return named(settings, store=str(store.resolve()), head_map=head_map)
-    except Exception as error:
-        away = service_error(error)
-        if away is None:
-            raise
-        if not finished:
-            raise away from error
-        log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
-        return finished[0]
+        finally:
+            _begun.reset(begun)
+
+    try:
+        return launch(store, run, finished)
     finally:
-        _begun.reset(begun)
         _done.reset(done)
-
-
-def new_run_id() -> str:
-    """When it began, and a few letters more."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-
-
-def ranked_bases(store: Store) -> set[str]:
-    """Hashes of the base models that the store has head maps of."""
-    return {base_of(ref) for ref in store.refs("heads")}
 
 
 @flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
@@ -174,54 +111,6 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
     return done
 
 
-def read_data(run: Run) -> Data:
-    """Samples: every source into shards; the target into its parts; the corpus."""
-    inputs, settings, runtime = run.inputs, run.settings, run.runtime
-    sources: list[ArtifactRef] = []
-
-    def read(source: SourceInput) -> ArtifactRef:
-        sources.append(read_source(runtime, source))
-        return sources[-1]
-
-    with run.ledger.stage("samples") as made:
-        target, evaluation = read_target(run, sources)
-        retention = read(inputs.retention) if inputs.retention is not None else None
-        corpus = assemble(
-            runtime,
-            sources=[read(each) for each in inputs.corpus],
-            target=target,
-            kept_out=[ref for ref in (evaluation, retention) if ref is not None],
-            include_target=settings.corpus.include_target,
-        )
-        refuse_too_many_rejected(sources, settings.skip_bad_rows)
-        made += [target, corpus]
-    return Data(target, corpus, evaluation or target, retention, tuple(sources))
-
-
-def read_target(run: Run, sources: list[ArtifactRef]) -> tuple[ArtifactRef, ArtifactRef | None]:
-    """The target in its parts, and the evaluation samples if they have a source of their own.
-
-    What is read is added to ``sources``.
-    """
-    inputs, settings, runtime = run.inputs, run.settings, run.runtime
-    evaluation = None
-    if inputs.evaluation is not None:
-        evaluation = read_source(runtime, inputs.evaluation)
-        sources.append(evaluation)
-    whole = read_source(runtime, inputs.target)
-    sources.append(whole)
-    target = split_target(
-        runtime,
-        target=whole,
-        evaluation=evaluation,
-        n_proxy=settings.proxy.samples,
-        n_held_out=settings.proxy.held_out,
-        n_evaluation=settings.evaluation.samples,
-        seed=settings.seed,
-    )
-    return target, evaluation
-
-
 def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:
     """The head map that the user named, if it is of this base model."""
     if head_map is None:
@@ -246,235 +135,3 @@ def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> Artifa
         )
     head_map_in(ref).check_fits(layers_of(Path(inputs.base.folder)))
     return ref
-
-
-def base_of(heads: ArtifactRef) -> str:
-    """The hash of the base model that a head map was made for; empty if its manifest is broken."""
-    try:
-        return str(heads.manifest.inputs["base"]["sha256"])
-    except (ArtifactError, KeyError, TypeError):
-        return ""
-
-
-def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
-    """A given head map, with what it and its proxy run cost when they were made."""
-    for ref in reversed(Store(Path(run.runtime.store)).lineage(heads)):
-        if ref.stage in ("proxy", "heads"):
-            with run.ledger.stage(ref.stage) as found:
-                found.append(ref)
-    return heads
-
-
-def find_heads(run: Run, data: Data) -> ArtifactRef:
-    """Proxy run, where the ranker wants one, and head ranking; on several draws if asked for."""
-    inputs = run.inputs
-    targets = draws_of(run, data.target, run.settings.heads.average_over)
-    maps = [rank_on(run, target, inputs.ranker) for target in targets]
-    if len(maps) == 1:
-        return maps[0]
-    with run.ledger.stage("heads") as made:
-        heads = average_heads(
-            run.runtime, inputs.base, draws=maps, ranker=inputs.ranker, pick=inputs.pick
-        )
-        made.append(heads)
-    return heads
-
-
-def draws_of(run: Run, target: ArtifactRef, n: int) -> list[ArtifactRef]:
-    """The target, and then the same with other proxy sets; ``n`` in all."""
-    with run.ledger.stage("samples") as made:
-        made += [redraw_target(run.runtime, target=target, draw=draw) for draw in range(1, n)]
-    return [target, *made]
-
-
-def rank_on(run: Run, target: ArtifactRef, ranker: Plugin) -> ArtifactRef:
-    """The heads as this target's proxy set has them."""
-    inputs = run.inputs
-    proxy = None
-    if rankers.make(ranker.name, ranker.options).needs_proxy_run:
-        with run.ledger.stage("proxy") as made:
-            proxy = proxy_run(run.runtime, inputs.base, target, inputs.proxy_training)
-            made.append(proxy)
-    with run.ledger.stage("heads") as made:
-        heads = rank_heads(
-            run.runtime, inputs.base, proxy=proxy, target=target, ranker=ranker, pick=inputs.pick
-        )
-        made.append(heads)
-    return heads
-
-
-def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin) -> ArtifactRef:
-    """Measurements of every shard, then scores, for each step of the scorer.
-
-    ``heads`` may be None for a scorer that looks at none.
-    """
-    scores = None
-    for step in range(n_steps(scorer)):
-        one = scorer_step(scorer, step).scorer
-        head_proxy = tune_heads(run, data, heads) if one.needs_head_proxy else None
-        task_heads = task_heads_of(heads if one.needs_heads else None)
-        shards = shards_of(data.corpus)
-        passing = scores.manifest.facts["passing"] if scores else [None] * len(shards)
-        looked_at = {
-            "base": run.inputs.base,
-            "scorer": scorer,
-            "step": step,
-            "task_heads": task_heads,
-            "head_proxy": head_proxy,
-            "heads": heads if one.needs_heads else None,
-            "previous": scores,
-        }
-        measured_with = looked_at | {
-            "measurer": measurer_of(one),
-            "target": data.target if one.measures_target else None,
-        }
-        with run.ledger.stage("measurements") as made:
-            made += measure_corpus(run.runtime, shards, passing, measured_with, one.runs_model)
-            measured = list(made)
-        with run.ledger.stage("scores") as made:
-            scores = score(
-                run.runtime,
-                corpus=data.corpus,
-                measurements=measured,
-                target=data.target,
-                **looked_at,
-            )
-            made.append(scores)
-    assert scores is not None
-    return scores
-
-
-def measure_corpus(
-    runtime: Runtime,
-    shards: list[ShardRef],
-    passing: list[str | None],
-    measured_with: dict[str, Any],
-    runs_model: bool,
-) -> list[ArtifactRef]:
-    """Every shard's measurements, in order: a task each where the model runs, else one for all."""
-    check_room_for(runtime, shards, passing, measured_with)
-    if not runs_model:
-        return measure_together(runtime, shards, passing, measured_with)
-    futures = measure.map(
-        unmapped(runtime),
-        shard=shards,
-        passing=passing,
-        **{name: unmapped(value) for name, value in measured_with.items()},
-    )
-    made = []
-    with progress_of("measurements (shards)") as progress:
-        for future in futures:
-            made.append(future.result())
-            progress(len(made), len(shards))
-    return made
-
-
-def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
-    """The task heads alone, tuned on the proxy set."""
-    assert heads is not None
-    with run.ledger.stage("head_proxy") as made:
-        head_proxy = head_proxy_run(
-            run.runtime,
-            run.inputs.base,
-            heads=heads,
-            target=data.target,
-            include_kv=run.settings.heads.include_kv,
-            training=run.inputs.head_proxy_training,
-        )
-        made.append(head_proxy)
-    return head_proxy
-
-
-def task_heads_of(heads: ArtifactRef | None) -> tuple[tuple[int, int], ...]:
-    """The task heads of a head map, none where no head is looked at."""
-    return head_map_in(heads).task_heads if heads is not None else NO_HEADS
-
-
-def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
-    """The subset."""
-    with run.ledger.stage("subset") as made:
-        subset = draw_subset(run.runtime, scores, data.corpus, run.inputs.selection)
-        made.append(subset)
-    return subset
-
-
-def train(
-    run: Run, heads: ArtifactRef | None, subset: ArtifactRef, arm: str = "p2d"
-) -> ArtifactRef:
-    """Fine-tuning with the chosen adaptation; ``heads`` may be None for one that needs none."""
-    looked_at = heads if run.inputs.adaptation_needs_heads else None
-    with run.ledger.stage("model" if arm == "p2d" else f"model_{arm}") as made:
-        model = fine_tune(
-            run.runtime,
-            run.inputs.base,
-            samples=subset,
-            adaptation=run.inputs.adaptation,
-            task_heads=task_heads_of(looked_at),
-            training=run.inputs.training,
-            heads=looked_at,
-            arm=arm,
-        )
-        made.append(model)
-    return model
-
-
-def other_arms(
-    run: Run, data: Data, heads: ArtifactRef, scores: ArtifactRef
-) -> dict[str, ArtifactRef]:
-    """What P2D is held against: random data of the same size, and everything."""
-    arms = {}
-    if run.settings.arms.random:
-        with run.ledger.stage("subset_random") as made:
-            by_chance = replace(run.inputs.selection, at_random=True)
-            subset = draw_subset(run.runtime, scores, data.corpus, by_chance)
-            made.append(subset)
-        arms["random"] = train(run, heads, subset, "random")
-    if run.settings.arms.full == "measured":
-        with run.ledger.stage("model_full") as made:
-            arms["full"] = fine_tune(
-                run.runtime,
-                run.inputs.base,
-                samples=data.corpus,
-                adaptation=FULL,
-                task_heads=NO_HEADS,
-                training=run.inputs.full_training,
-                heads=None,
-                arm="full",
-            )
-            made.append(arms["full"])
-    return arms
-
-
-def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
-    """What full fine-tuning on the whole corpus takes: as it was run, or from some steps."""
-    if full is not None:
-        return Reference("measured", float(full.manifest.cost["wall_seconds"]))
-    with run.ledger.stage("reference") as made:
-        calibrated = calibrate(
-            run.runtime,
-            run.inputs.base,
-            data.corpus,
-            training=run.inputs.full_training,
-            steps=run.settings.arms.calibration_steps,
-            machine=f"{machine_name()}, {run.runtime.device}, {run.runtime.threads} threads",
-        )
-        made.append(calibrated)
-    return reference_in(calibrated)
-
-
-def evaluate(run: Run, data: Data, arm: str, model: ArtifactRef | None) -> dict[str, ArtifactRef]:
-    """Quality on the target, and on what the base could do before."""
-    measured = {}
-    with run.ledger.stage("evaluation") as made:
-        for name, samples in (("target", data.evaluation), ("retention", data.retention)):
-            if samples is not None:
-                measured[name] = evaluate_model(
-                    run.runtime,
-                    run.inputs.base,
-                    model=model,
-                    samples=samples,
-                    evaluation=run.inputs.evaluating,
-                    arm=arm,
-                )
-        made += measured.values()
-    return measured

@@ -16,7 +16,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.adapt import (
+from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.launch import launch, new_run_id, ranked_bases
+from flows.ledger import Ledger
+from flows.report import labels_of
+from flows.settings import Choice, RunSettings
+from flows.stages import (
     FULL,
     NO_HEADS,
     Data,
@@ -25,18 +30,10 @@ from flows.adapt import (
     cost_of_full,
     evaluate,
     find_heads,
-    new_run_id,
-    ranked_bases,
     read_data,
     score_corpus,
     train,
 )
-from flows.environment import wait_for_server
-from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.killed import clear_killed, end_orphans, noted
-from flows.ledger import Ledger
-from flows.report import labels_of
-from flows.settings import Choice, RunSettings
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
@@ -53,6 +50,8 @@ _begun: ContextVar[tuple[str, dict[tuple[Arm, int], Inputs]] | None] = ContextVa
     "begun", default=None
 )
 """The run that `run_compare` has noted, and the inputs that it has checked."""
+_done: ContextVar[list[ArtifactRef] | None] = ContextVar("done", default=None)
+"""Where the flow leaves the comparison, for the case that Prefect then cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,20 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
     """
     checked = checked_arms(grid_of(settings), ranked_bases(Store(store)))
     named = compare.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
-    end_orphans(store)
-    wait_for_server()
-    clear_killed(store)
-    run_id = new_run_id()
-    begun = _begun.set((run_id, checked))
-    try:
-        with noted(store, run_id):
+    finished: list[ArtifactRef] = []
+    done = _done.set(finished)
+
+    def run(run_id: str) -> ArtifactRef:
+        begun = _begun.set((run_id, checked))
+        try:
             return named(settings, store=str(store.resolve()))
+        finally:
+            _begun.reset(begun)
+
+    try:
+        return launch(store, run, finished)
     finally:
-        _begun.reset(begun)
+        _done.reset(done)
 
 
 def grid_of(settings: RunSettings) -> Grid:
@@ -117,7 +120,6 @@ def compare(settings: RunSettings, store: str = "artifacts") -> ArtifactRef:
     """Runs every arm; one that fails is shown as failed and takes no other with it."""
     grid = grid_of(settings)
     run_id, inputs = _begun.get() or (new_run_id(), checked_arms(grid, set()))
-    ledger = Ledger(run_id)
     runs: list[ArmRun] = []
     total = len(grid.seeds) * (len(grid.arms) + 1 + settings.compare.everything)
     with progress_of("arms") as progress:
@@ -138,16 +140,16 @@ def compare(settings: RunSettings, store: str = "artifacts") -> ArtifactRef:
                 runs.append(attempt(arm, seed, one))
                 progress(len(runs), total)
     metric = settings.evaluation.metric
-    with ledger.stage("comparison") as made:
-        ref = compare_arms(
-            make_runtime(settings, Path(store), run_id),
-            runs=runs,
-            metric=metric,
-            higher_is_better=HIGHER_IS_BETTER[metric],
-            name=settings.name,
-        )
-        made.append(ref)
-    return ref
+    done = compare_arms(
+        make_runtime(settings, Path(store), run_id),
+        runs=runs,
+        metric=metric,
+        higher_is_better=HIGHER_IS_BETTER[metric],
+        name=settings.name,
+    )
+    if (kept := _done.get()) is not None:
+        kept.append(done)
+    return done
 
 
 def attempt(arm: Arm, seed: int, work: Callable[[], ArmRun]) -> ArmRun:

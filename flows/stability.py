@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -12,11 +10,11 @@ from typing import Any
 
 from prefect import flow
 
-from flows.adapt import Run, draws_of, rank_on, read_target
-from flows.environment import wait_for_server
 from flows.inputs import check_inputs, make_runtime
+from flows.launch import launch
 from flows.ledger import Ledger
 from flows.settings import RunSettings
+from flows.stages import Run, draws_of, rank_on, read_target
 from p2d_core.errors import InputError
 from p2d_core.heads.draws import Agreement, agreement
 from p2d_core.heads.head_map import HeadPick
@@ -69,8 +67,12 @@ def run_stability(
     settings = settings.model_copy(update={"heads": several})
     check_inputs(settings)
     named = stability.with_options(flow_run_name=f"{settings.name} stability")
-    wait_for_server()
-    return named(settings, store=str(store.resolve()), plugins=plugins)
+    finished: list[Stability] = []
+
+    def run(run_id: str) -> Stability:
+        return named(settings, str(store.resolve()), plugins, run_id)
+
+    return launch(store, run, finished)
 
 
 def _plugin(settings: RunSettings, name: str) -> Plugin:
@@ -79,9 +81,8 @@ def _plugin(settings: RunSettings, name: str) -> Plugin:
 
 
 @flow(name="heads-stability", persist_result=False, validate_parameters=False)
-def stability(settings: RunSettings, store: str, plugins: list[Plugin]) -> Stability:
+def stability(settings: RunSettings, store: str, plugins: list[Plugin], run_id: str) -> Stability:
     """Ranks the heads on draws of the proxy set, ``heads.average_over`` of them, and compares."""
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     inputs = check_inputs(settings)
     run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
     with run.ledger.stage("samples") as made:

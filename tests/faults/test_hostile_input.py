@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-import flows.adapt
+import flows.launch
 from flows.cli import main
 from flows.cli.screen import show_summary
 from flows.inputs import check_inputs
@@ -69,7 +69,7 @@ def refused(job: Job, monkeypatch: Any, capfd: Any) -> str:
     def start() -> None:
         raise Started
 
-    monkeypatch.setattr(flows.adapt, "wait_for_server", start)
+    monkeypatch.setattr(flows.launch, "wait_for_server", start)
     file = job.save()
     before = everything_in(job.folder)
     words = ["p2d", "adapt", str(file), "--store", str(job.store), *job.words]

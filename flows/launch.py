@@ -1,0 +1,65 @@
+"""How a flow is started: a server is there, what killed runs left is cleared, the run is noted."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from flows.environment import wait_for_server
+from flows.killed import clear_killed, end_orphans, noted
+from flows.services import service_error
+from p2d_core.errors import ArtifactError
+from p2d_core.store import ArtifactRef, Store
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
+    """Calls ``run`` with a new run's id, as a run that the next one knows of if it is killed.
+
+    Args:
+        run: calls the flow, after its input was checked.
+        finished: where the flow leaves what came of it, for the case that Prefect then cannot be
+            told.
+
+    Raises:
+        ServiceError: Prefect's server went away before the work was done.
+    """
+    end_orphans(store)
+    wait_for_server()
+    clear_killed(store)
+    run_id = new_run_id()
+    try:
+        with noted(store, run_id):
+            return run(run_id)
+    except Exception as error:
+        away = service_error(error)
+        if away is None:
+            raise
+        if not finished:
+            raise away from error
+        log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
+        return finished[0]
+
+
+def new_run_id() -> str:
+    """When it began, and a few letters more."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def ranked_bases(store: Store) -> set[str]:
+    """Hashes of the base models that the store has head maps of."""
+    return {base_of(ref) for ref in store.refs("heads")}
+
+
+def base_of(heads: ArtifactRef) -> str:
+    """The hash of the base model that a head map was made for; empty if its manifest is broken."""
+    try:
+        return str(heads.manifest.inputs["base"]["sha256"])
+    except (ArtifactError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,338 @@
+"""The stages of the main job, as flows call them: each times itself in the run's ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prefect import unmapped
+
+from flows.inputs import Inputs
+from flows.ledger import Ledger
+from flows.settings import RunSettings
+from p2d_core.adaptation.adaptations import Full
+from p2d_core.aer import Reference, machine_name
+from p2d_core.heads.ranking import rankers
+from p2d_core.store import ArtifactRef, Store
+from tasks.evaluation import evaluate_model
+from tasks.heads import average_heads, head_map_in, rank_heads
+from tasks.measurements import (
+    check_room_for,
+    measure,
+    measure_together,
+    measurer_of,
+    n_steps,
+    scorer_step,
+)
+from tasks.model import calibrate, fine_tune, reference_in
+from tasks.progress import progress_of
+from tasks.proxy import head_proxy_run, proxy_run
+from tasks.samples import (
+    assemble,
+    read_source,
+    redraw_target,
+    refuse_too_many_rejected,
+    shards_of,
+    split_target,
+)
+from tasks.scores import score
+from tasks.stage import Plugin, Runtime, ShardRef, SourceInput
+from tasks.subset import draw_subset
+
+NO_HEADS: tuple[tuple[int, int], ...] = ()
+FULL = Plugin.of("full", Full())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of the flow share."""
+
+    settings: RunSettings
+    inputs: Inputs
+    runtime: Runtime
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the samples are."""
+
+    target: ArtifactRef
+    corpus: ArtifactRef
+    evaluation: ArtifactRef
+    retention: ArtifactRef | None
+    sources: tuple[ArtifactRef, ...]
+    """Each file as it was read."""
+
+
+def read_data(run: Run) -> Data:
+    """Samples: every source into shards; the target into its parts; the corpus."""
+    inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    sources: list[ArtifactRef] = []
+
+    def read(source: SourceInput) -> ArtifactRef:
+        sources.append(read_source(runtime, source))
+        return sources[-1]
+
+    with run.ledger.stage("samples") as made:
+        target, evaluation = read_target(run, sources)
+        retention = read(inputs.retention) if inputs.retention is not None else None
+        corpus = assemble(
+            runtime,
+            sources=[read(each) for each in inputs.corpus],
+            target=target,
+            kept_out=[ref for ref in (evaluation, retention) if ref is not None],
+            include_target=settings.corpus.include_target,
+        )
+        refuse_too_many_rejected(sources, settings.skip_bad_rows)
+        made += [target, corpus]
+    return Data(target, corpus, evaluation or target, retention, tuple(sources))
+
+
+def read_target(run: Run, sources: list[ArtifactRef]) -> tuple[ArtifactRef, ArtifactRef | None]:
+    """The target in its parts, and the evaluation samples if they have a source of their own.
+
+    What is read is added to ``sources``.
+    """
+    inputs, settings, runtime = run.inputs, run.settings, run.runtime
+    evaluation = None
+    if inputs.evaluation is not None:
+        evaluation = read_source(runtime, inputs.evaluation)
+        sources.append(evaluation)
+    whole = read_source(runtime, inputs.target)
+    sources.append(whole)
+    target = split_target(
+        runtime,
+        target=whole,
+        evaluation=evaluation,
+        n_proxy=settings.proxy.samples,
+        n_held_out=settings.proxy.held_out,
+        n_evaluation=settings.evaluation.samples,
+        seed=settings.seed,
+    )
+    return target, evaluation
+
+
+def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
+    """A given head map, with what it and its proxy run cost when they were made."""
+    for ref in reversed(Store(Path(run.runtime.store)).lineage(heads)):
+        if ref.stage in ("proxy", "heads"):
+            with run.ledger.stage(ref.stage) as found:
+                found.append(ref)
+    return heads
+
+
+def find_heads(run: Run, data: Data) -> ArtifactRef:
+    """Proxy run, where the ranker wants one, and head ranking; on several draws if asked for."""
+    inputs = run.inputs
+    targets = draws_of(run, data.target, run.settings.heads.average_over)
+    maps = [rank_on(run, target, inputs.ranker) for target in targets]
+    if len(maps) == 1:
+        return maps[0]
+    with run.ledger.stage("heads") as made:
+        heads = average_heads(
+            run.runtime, inputs.base, draws=maps, ranker=inputs.ranker, pick=inputs.pick
+        )
+        made.append(heads)
+    return heads
+
+
+def draws_of(run: Run, target: ArtifactRef, n: int) -> list[ArtifactRef]:
+    """The target, and then the same with other proxy sets; ``n`` in all."""
+    with run.ledger.stage("samples") as made:
+        made += [redraw_target(run.runtime, target=target, draw=draw) for draw in range(1, n)]
+    return [target, *made]
+
+
+def rank_on(run: Run, target: ArtifactRef, ranker: Plugin) -> ArtifactRef:
+    """The heads as this target's proxy set has them."""
+    inputs = run.inputs
+    proxy = None
+    if rankers.make(ranker.name, ranker.options).needs_proxy_run:
+        with run.ledger.stage("proxy") as made:
+            proxy = proxy_run(run.runtime, inputs.base, target, inputs.proxy_training)
+            made.append(proxy)
+    with run.ledger.stage("heads") as made:
+        heads = rank_heads(
+            run.runtime, inputs.base, proxy=proxy, target=target, ranker=ranker, pick=inputs.pick
+        )
+        made.append(heads)
+    return heads
+
+
+def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin) -> ArtifactRef:
+    """Measurements of every shard, then scores, for each step of the scorer.
+
+    ``heads`` may be None for a scorer that looks at none.
+    """
+    scores = None
+    for step in range(n_steps(scorer)):
+        one = scorer_step(scorer, step).scorer
+        head_proxy = tune_heads(run, data, heads) if one.needs_head_proxy else None
+        task_heads = task_heads_of(heads if one.needs_heads else None)
+        shards = shards_of(data.corpus)
+        passing = scores.manifest.facts["passing"] if scores else [None] * len(shards)
+        looked_at = {
+            "base": run.inputs.base,
+            "scorer": scorer,
+            "step": step,
+            "task_heads": task_heads,
+            "head_proxy": head_proxy,
+            "heads": heads if one.needs_heads else None,
+            "previous": scores,
+        }
+        measured_with = looked_at | {
+            "measurer": measurer_of(one),
+            "target": data.target if one.measures_target else None,
+        }
+        with run.ledger.stage("measurements") as made:
+            made += measure_corpus(run.runtime, shards, passing, measured_with, one.runs_model)
+            measured = list(made)
+        with run.ledger.stage("scores") as made:
+            scores = score(
+                run.runtime,
+                corpus=data.corpus,
+                measurements=measured,
+                target=data.target,
+                **looked_at,
+            )
+            made.append(scores)
+    assert scores is not None
+    return scores
+
+
+def measure_corpus(
+    runtime: Runtime,
+    shards: list[ShardRef],
+    passing: list[str | None],
+    measured_with: dict[str, Any],
+    runs_model: bool,
+) -> list[ArtifactRef]:
+    """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    check_room_for(runtime, shards, passing, measured_with)
+    if not runs_model:
+        return measure_together(runtime, shards, passing, measured_with)
+    futures = measure.map(
+        unmapped(runtime),
+        shard=shards,
+        passing=passing,
+        **{name: unmapped(value) for name, value in measured_with.items()},
+    )
+    made = []
+    with progress_of("measurements (shards)") as progress:
+        for future in futures:
+            made.append(future.result())
+            progress(len(made), len(shards))
+    return made
+
+
+def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
+    """The task heads alone, tuned on the proxy set."""
+    assert heads is not None
+    with run.ledger.stage("head_proxy") as made:
+        head_proxy = head_proxy_run(
+            run.runtime,
+            run.inputs.base,
+            heads=heads,
+            target=data.target,
+            include_kv=run.settings.heads.include_kv,
+            training=run.inputs.head_proxy_training,
+        )
+        made.append(head_proxy)
+    return head_proxy
+
+
+def task_heads_of(heads: ArtifactRef | None) -> tuple[tuple[int, int], ...]:
+    """The task heads of a head map, none where no head is looked at."""
+    return head_map_in(heads).task_heads if heads is not None else NO_HEADS
+
+
+def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
+    """The subset."""
+    with run.ledger.stage("subset") as made:
+        subset = draw_subset(run.runtime, scores, data.corpus, run.inputs.selection)
+        made.append(subset)
+    return subset
+
+
+def train(
+    run: Run, heads: ArtifactRef | None, subset: ArtifactRef, arm: str = "p2d"
+) -> ArtifactRef:
+    """Fine-tuning with the chosen adaptation; ``heads`` may be None for one that needs none."""
+    looked_at = heads if run.inputs.adaptation_needs_heads else None
+    with run.ledger.stage("model" if arm == "p2d" else f"model_{arm}") as made:
+        model = fine_tune(
+            run.runtime,
+            run.inputs.base,
+            samples=subset,
+            adaptation=run.inputs.adaptation,
+            task_heads=task_heads_of(looked_at),
+            training=run.inputs.training,
+            heads=looked_at,
+            arm=arm,
+        )
+        made.append(model)
+    return model
+
+
+def other_arms(
+    run: Run, data: Data, heads: ArtifactRef, scores: ArtifactRef
+) -> dict[str, ArtifactRef]:
+    """What P2D is held against: random data of the same size, and everything."""
+    arms = {}
+    if run.settings.arms.random:
+        with run.ledger.stage("subset_random") as made:
+            by_chance = replace(run.inputs.selection, at_random=True)
+            subset = draw_subset(run.runtime, scores, data.corpus, by_chance)
+            made.append(subset)
+        arms["random"] = train(run, heads, subset, "random")
+    if run.settings.arms.full == "measured":
+        with run.ledger.stage("model_full") as made:
+            arms["full"] = fine_tune(
+                run.runtime,
+                run.inputs.base,
+                samples=data.corpus,
+                adaptation=FULL,
+                task_heads=NO_HEADS,
+                training=run.inputs.full_training,
+                heads=None,
+                arm="full",
+            )
+            made.append(arms["full"])
+    return arms
+
+
+def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
+    """What full fine-tuning on the whole corpus takes: as it was run, or from some steps."""
+    if full is not None:
+        return Reference("measured", float(full.manifest.cost["wall_seconds"]))
+    with run.ledger.stage("reference") as made:
+        calibrated = calibrate(
+            run.runtime,
+            run.inputs.base,
+            data.corpus,
+            training=run.inputs.full_training,
+            steps=run.settings.arms.calibration_steps,
+            machine=f"{machine_name()}, {run.runtime.device}, {run.runtime.threads} threads",
+        )
+        made.append(calibrated)
+    return reference_in(calibrated)
+
+
+def evaluate(run: Run, data: Data, arm: str, model: ArtifactRef | None) -> dict[str, ArtifactRef]:
+    """Quality on the target, and on what the base could do before."""
+    measured = {}
+    with run.ledger.stage("evaluation") as made:
+        for name, samples in (("target", data.evaluation), ("retention", data.retention)):
+            if samples is not None:
+                measured[name] = evaluate_model(
+                    run.runtime,
+                    run.inputs.base,
+                    model=model,
+                    samples=samples,
+                    evaluation=run.inputs.evaluating,
+                    arm=arm,
+                )
+        made += measured.values()
+    return measured
