@@ -14,6 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import base_of, launch, new_run_id, ranked_bases
 from flows.ledger import Ledger
+from flows.planned import kept_plan
 from flows.report import make_summary
 from flows.settings import RunSettings
 from flows.stages import (
@@ -104,6 +105,7 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
         models,
         evaluations,
     )
+    summary.planned = kept_plan(Path(store), settings, inputs, given.key if given else None)
     summary.seconds = time.perf_counter() - start
     done = record(summary, settings.model_dump(mode="json"), store=store)
     if (kept := _done.get()) is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from flows.cli import adapt, artifacts, compare, config, demo, doctor, heads, sql, ui
+from flows.cli import adapt, artifacts, compare, config, demo, doctor, heads, plan, sql, ui
 from flows.services import leave
 from p2d_core.errors import InputError, P2DError
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(adapt.adapt)
+app.command()(plan.plan)
 app.command()(compare.compare)
 app.command()(config.config)
 app.command()(ui.ui)
