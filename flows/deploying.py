@@ -18,16 +18,15 @@ TAG = "p2d"
 GO_ON_AFTER_A_KILL = "p2d: go on after a kill"
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a run (`p2d worker`); Prefect knows no shorter one."""
-MISSING_SECONDS = 90
-"""Without a sign of life, after which a run counts as killed."""
 
 
-def prepare(pool: str, queue: str) -> dict[str, str]:
+def prepare(pool: str, queue: str, seconds_to_live: int = 90) -> dict[str, str]:
     """Lets one run at a time out of the queue, and has killed runs taken up again.
 
     Args:
         pool: work pool; there already (`prefect work-pool create NAME --type process`).
         queue: of the pool, one for each store, so that no two runs fight over a machine.
+        seconds_to_live: without a sign of life, after which a run counts as killed.
     """
     with get_client(sync_client=True) as client:
         from prefect.exceptions import ObjectNotFound
@@ -37,7 +36,7 @@ def prepare(pool: str, queue: str) -> dict[str, str]:
             client.update_work_queue(found.id, concurrency_limit=1)
         except ObjectNotFound:
             client.create_work_queue(queue, work_pool_name=pool, concurrency_limit=1)
-        wanted = taken_up_again()
+        wanted = taken_up_again(seconds_to_live)
         same = client.read_automations_by_name(wanted.name)
         if same:
             client.update_automation(same[0].id, wanted)
@@ -46,7 +45,7 @@ def prepare(pool: str, queue: str) -> dict[str, str]:
     return {"queue": queue}
 
 
-def taken_up_again() -> AutomationCore:
+def taken_up_again(seconds: int) -> AutomationCore:
     """The rule: a run that gives no sign of life is scheduled again, for whichever worker is there.
 
     What it had finished is in the store, so it goes on from there.
@@ -62,7 +61,7 @@ def taken_up_again() -> AutomationCore:
     }
     return AutomationCore(
         name=GO_ON_AFTER_A_KILL,
-        description=f"A run without a sign of life for {MISSING_SECONDS} s is scheduled again; "
+        description=f"A run without a sign of life for {seconds} s is scheduled again; "
         "it goes on from what it had finished.",
         enabled=True,
         trigger=EventTrigger(
@@ -75,7 +74,7 @@ def taken_up_again() -> AutomationCore:
             expect={alive} | ended,
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=MISSING_SECONDS),
+            within=timedelta(seconds=seconds),
         ),
         actions=[
             ChangeFlowRunState(

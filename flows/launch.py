@@ -15,8 +15,11 @@ from flows.environment import wait_for_server
 from flows.killed import clear_killed, end_orphans, noted
 from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
-from p2d_core.errors import ArtifactError
+from p2d_core.errors import ArtifactError, P2DError
 from p2d_core.store import ArtifactRef, Store
+
+MOST_STARTS = 5
+"""Of one run: what kills it every time must not go on for ever."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -57,6 +60,13 @@ def on_worker(store: Path) -> Iterator[str]:
     Progress is told as Prefect's progress artifacts. A run that was killed is not marked as
     crashed here: its worker's heartbeats say so (`flows.deploying`), and it may be this one again.
     """
+    from prefect.runtime import flow_run
+
+    if (flow_run.run_count or 0) > MOST_STARTS:
+        raise P2DError(
+            f"this run was killed {MOST_STARTS} times and is not started again: see the worker's "
+            "log and the machine's memory. A new run goes on from what was finished."
+        )
     clear_killed(store)
     run_id = new_run_id()
     with told_to_prefect(), noted(store, run_id):

@@ -33,7 +33,13 @@ def _pattern(text: str | None) -> str | None:
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        # of sections too, which Prefect's form would show without a name
+        field_title_generator=lambda name, _: name.replace("_", " ").capitalize(),
+    )
 
 
 class SourceSettings(_Settings):
