@@ -29,20 +29,21 @@ def rerun_name() -> str:
     persist_result=False,
 )
 def rerun_from_head_map(
-    settings: RunSettings,
     head_map: Annotated[str, Field(min_length=4)],
     fraction: Share | None = None,
     corpus: tuple[SourceSettings, ...] = (),
     store: str | None = None,
+    *,
+    settings: RunSettings,
 ) -> Summary:
     """Selects and trains with a head map of an earlier run: no proxy run, no ranking.
 
     Args:
-        settings: The run. Relative paths are taken from the worker's folder (P2D_HOME).
         head_map: Key of the head map, or its beginning; MLflow and `p2d artifacts ls` show it.
         fraction: Share of the corpus to train on, in place of the settings' own.
         corpus: Other sources to choose from, in place of the settings' own.
         store: Folder of the artifacts on the worker. P2D_STORE, or artifacts, if empty.
+        settings: The run. Relative paths are taken from the worker's folder (P2D_HOME).
     """
     folder = store_folder(store)
     changed = anchored(with_other_budget(settings, fraction, corpus), Path.cwd())

@@ -32,11 +32,18 @@ def _pattern(text: str | None) -> str | None:
     return text
 
 
+def _in_order(schema: dict[str, Any]) -> None:
+    """Prefect's database sorts keys; its form goes by this."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
+        json_schema_extra=_in_order,
         # of sections too, which Prefect's form would show without a name
         field_title_generator=lambda name, _: name.replace("_", " ").capitalize(),
     )

@@ -97,6 +97,8 @@ def test_every_parameter_of_the_form_has_a_title_and_help(deployed, name):
         for key, field in definition["properties"].items():
             assert field.get("title"), (model, key)
         assert definition["additionalProperties"] is False, model
+        places = [field["position"] for field in definition["properties"].values()]
+        assert places == sorted(set(places)), model
 
 
 def test_the_form_shows_bounds_and_choices(deployed):

@@ -126,6 +126,7 @@ class Stack:
         environment = clean() | {
             "PREFECT_HOME": str(self.folder / "home"),
             "PREFECT_SERVER_API_AUTH_STRING": f"admin:{self.password}",
+            "PREFECT_SERVER_UI_API_URL": self.prefect_url,
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database(
                 "postgresql+asyncpg", "prefect"
             ),
