@@ -55,7 +55,7 @@ def run_plan(
     """
     began = time.monotonic()
     inputs = check_inputs(settings, ranked_bases(Store(store)))
-    given = given_head_map(Store(store), head_map, inputs) if head_map is not None else None
+    given = given_head_map(Store(store), head_map, inputs, settings.target.name) if head_map is not None else None
     with tempfile.TemporaryDirectory(prefix="p2d-plan-") as folder, measured() as watch:
         planner = _Planner(settings, inputs, store, given, Path(folder), seconds)
         parts = planner.parts()
