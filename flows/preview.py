@@ -5,17 +5,16 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 
 from flows.inputs import Inputs
 from flows.settings import RunSettings
+from p2d_core.errors import DataError
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.rejected import RejectedRows
 from p2d_core.samples.schema import Sample
-from p2d_core.samples.shards import cut_into_shards, shard_hash
 from p2d_core.samples.split import CorpusCounts, TargetSplit, assemble_corpus, draw_target
-from tasks.stage import ShardRef, SourceInput
+from tasks.stage import SourceInput
 
 DRAWN = 2048
 """Samples of the corpus that are kept to be timed: the smallest ids, which are a draw."""
@@ -29,13 +28,11 @@ class Preview:
     evaluation: list[Sample]
     retention: list[Sample]
     corpus: int
-    """Samples; estimated where `shards` is None."""
+    """Samples."""
+    corpus_is_estimated: bool
+    """Time ran out before all of it was read."""
     drawn: list[Sample]
-    """Of the corpus, in its order."""
-    shards: list[ShardRef] | None
-    """None: time ran out before the corpus was read."""
-    rows_in_shard: int
-    """Of the largest."""
+    """Of the corpus."""
     seconds_to_read: float
     """The corpus; scaled up where it was not read whole."""
 
@@ -65,32 +62,13 @@ class _Source:
         self.expected = of
 
 
-@dataclass
-class _Shards:
-    """What passes, cut into shards: their hashes and a draw of the samples, no more."""
-
-    shards: list[ShardRef] = field(default_factory=list)
-    drawn: list[tuple[str, int, Sample]] = field(default_factory=list)
-    rows: int = 0
-    largest: int = 0
-
-    def take(self, samples: Iterator[Sample]) -> None:
-        for index, shard in enumerate(cut_into_shards(samples)):
-            self.shards.append(ShardRef("", index, shard_hash(shard)))
-            placed = [(each.sample_id, self.rows + i, each) for i, each in enumerate(shard)]
-            self.drawn = heapq.nsmallest(DRAWN, chain(self.drawn, placed))
-            self.rows += len(shard)
-            self.largest = max(self.largest, len(shard))
-
-
 def preview(settings: RunSettings, inputs: Inputs, seconds: float) -> Preview:
     """Reads the target and the evaluation samples whole, and the corpus for at most ``seconds``."""
 
     def whole(given: SourceInput | None) -> list[Sample]:
         if given is None:
             return []
-        rejected = RejectedRows(settings.skip_bad_rows)
-        return list(read_samples(given.spec, on_bad_row=rejected))
+        return list(read_samples(given.spec, on_bad_row=RejectedRows(settings.skip_bad_rows)))
 
     evaluation, retention = whole(inputs.evaluation), whole(inputs.retention)
     target = draw_target(
@@ -101,32 +79,31 @@ def preview(settings: RunSettings, inputs: Inputs, seconds: float) -> Preview:
         seed=settings.seed,
     )
     kept_out = [*target.proxy, *target.held_out, *target.evaluation, *evaluation, *retention]
+    rest = target.rest if settings.corpus.include_target else []
     start = time.monotonic()
     share = seconds / max(1, len(inputs.corpus))
     sources = [
         _Source(each, start + share * (i + 1), settings.skip_bad_rows)
         for i, each in enumerate(inputs.corpus)
     ]
-    pools = [source.samples() for source in sources]
-    if settings.corpus.include_target:
-        pools.append(iter(target.rest))
-    cut = _Shards()
-    cut.take(assemble_corpus(pools, {sample.sample_id for sample in kept_out}, CorpusCounts()))
-    scale = _scale(sources, len(target.rest) if settings.corpus.include_target else 0)
+    pools = [*(source.samples() for source in sources), iter(rest)]
+    counts = CorpusCounts()
+    corpus = assemble_corpus(pools, {sample.sample_id for sample in kept_out}, counts)
+    drawn = heapq.nsmallest(DRAWN, corpus, key=lambda sample: sample.sample_id)
+    if not drawn:
+        raise DataError(
+            f"the corpus has no samples: {counts.excluded} were left out because they belong to "
+            "the proxy, held-out, evaluation or retention samples. Add files to corpus.sources."
+        )
+    cut = [source for source in sources if source.cut]
+    read = len(rest) + sum(source.rows for source in sources)
+    scale = 1 + sum(source.expected - source.rows for source in cut) / max(1, read)
     return Preview(
         target=target,
         evaluation=evaluation or target.evaluation,
         retention=retention,
-        corpus=round(cut.rows * scale),
-        drawn=[sample for _, _, sample in sorted(cut.drawn, key=lambda each: each[1])],
-        shards=None if any(source.cut for source in sources) else cut.shards,
-        rows_in_shard=cut.largest,
+        corpus=round(counts.total * scale),
+        corpus_is_estimated=bool(cut),
+        drawn=drawn,
         seconds_to_read=(time.monotonic() - start) * scale,
     )
-
-
-def _scale(sources: list[_Source], of_target: int) -> float:
-    """All rows over those read."""
-    read = of_target + sum(source.rows for source in sources)
-    rest = sum(source.expected - source.rows for source in sources if source.cut)
-    return (read + rest) / max(1, read)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-REUSED, NEW = "reused", "new"
+REUSED, NEW, PARTLY = "reused", "new", "partly reused"
 UNTIMED_STEPS = 3
 """At the front of timed steps: they set up what the others find."""
 
@@ -32,50 +32,44 @@ def total(estimates: Iterable[Estimate]) -> Estimate:
     return sum(estimates, Estimate())
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How some of many equal steps went."""
+def guess(seconds: float) -> Estimate:
+    """What was not timed itself: the error may be as large."""
+    return Estimate(seconds, seconds)
 
-    start: Estimate
-    """Before the first step, and what the first few took longer than the others."""
-    step: Estimate
-    """One step, once under way."""
-    steps: int
-    """All there are."""
-    whole: float | None = None
-    """Seconds of all of them, if they were run."""
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """When each of the first of many equal steps ended."""
+
+    marks: Sequence[float]
+    """Seconds from when the work began; at least two, unless all was run."""
+    count: int
+    """All steps that there are."""
+    ended: float = 0.0
+    """When all of it ended, in the same seconds; 0 if it was stopped before."""
 
     @property
-    def total(self) -> Estimate:
-        """Of all steps."""
-        if self.whole is not None:
-            return Estimate(self.whole)
-        return self.start + self.step.times(self.steps)
+    def step(self) -> Estimate:
+        """One of those that are under way: the mean, with its standard error."""
+        untimed = self._untimed
+        timed = [self.marks[i] - self.marks[i - 1] for i in range(untimed, len(self.marks))]
+        mean = statistics.fmean(timed)
+        if len(timed) < 2:
+            return guess(mean)
+        return Estimate(mean, statistics.stdev(timed) / math.sqrt(len(timed)))
 
+    @property
+    def all(self) -> Estimate:
+        """Every step, and what the first few took longer than the others."""
+        if self.ended:
+            return Estimate(self.ended)
+        step, untimed = self.step, self._untimed
+        start = max(0.0, self.marks[untimed - 1] - untimed * step.seconds)
+        return Estimate(start) + step.times(self.count)
 
-def pace_of(marks: Sequence[float], steps: int, ended: float | None = None) -> Pace:
-    """From when each of the first steps ended, in seconds from when their work began.
-
-    Args:
-        marks: at least two, unless ``ended`` is given.
-        steps: how many steps there are in all.
-        ended: when the work ended, if all steps were run.
-    """
-    if len(marks) < 2:
-        assert ended is not None
-        return Pace(Estimate(), Estimate(ended / max(1, steps)), steps, ended)
-    untimed = min(UNTIMED_STEPS, len(marks) - 1)
-    step = mean_of([marks[i] - marks[i - 1] for i in range(untimed, len(marks))])
-    start = max(0.0, marks[untimed - 1] - untimed * step.seconds)
-    return Pace(Estimate(start), step, steps, ended)
-
-
-def mean_of(seconds: Sequence[float]) -> Estimate:
-    """Their mean with its standard error; of a single one the error is not known: as large."""
-    mean = statistics.fmean(seconds)
-    if len(seconds) < 2:
-        return Estimate(mean, mean)
-    return Estimate(mean, statistics.stdev(seconds) / math.sqrt(len(seconds)))
+    @property
+    def _untimed(self) -> int:
+        return min(UNTIMED_STEPS, len(self.marks) - 1)
 
 
 def scaled(timed: Sequence[tuple[int, float]], items: float) -> Estimate:
@@ -88,37 +82,45 @@ def scaled(timed: Sequence[tuple[int, float]], items: float) -> Estimate:
     count, seconds = timed[-1]
     each = seconds / count
     if len(timed) == 1:
-        return Estimate(each * items, 0.0 if items == count else each * items)
+        return Estimate(seconds) if items == count else guess(each * items)
     start = max(0.0, timed[0][1] - each * timed[0][0])
     before = timed[-2][1] / timed[-2][0]
     return Estimate(start + each * items, abs(each - before) * max(0.0, items - count))
 
 
-def saves(training_seconds: float, checkpoint_seconds: float) -> int:
-    """How many checkpoints a training of that length writes."""
-    return int(training_seconds // checkpoint_seconds)
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One artifact of a run, as far as it is known beforehand."""
+    """A stage of a run, or one call of it, as far as it is known beforehand."""
 
     stage: str
     """The line of the report that it counts to, such as model_random."""
     state: str
-    """`REUSED`, `NEW`, or what has to be made before it is known."""
+    """`REUSED`, `NEW`, `PARTLY`, or what has to be made before it is known."""
+    now: Estimate
+    """What the run will spend on it; what is not known to be there counts as made."""
     cold: Estimate
-    """What making it takes, or took."""
+    """What making all of it takes, or took."""
 
-    @property
-    def now(self) -> Estimate:
-        """What the run will spend on it; what is not known counts as made."""
-        return Estimate() if self.state == REUSED else self.cold
+
+def by_stage(parts: Iterable[Part]) -> list[Part]:
+    """One part for each stage, in the order in which they come first."""
+    stages: dict[str, list[Part]] = {}
+    for part in parts:
+        stages.setdefault(part.stage, []).append(part)
+    return [
+        Part(
+            stage,
+            state_of(part.state for part in of),
+            total(part.now for part in of),
+            total(part.cold for part in of),
+        )
+        for stage, of in stages.items()
+    ]
 
 
 def state_of(states: Iterable[str]) -> str:
-    """Of a stage, from those of its artifacts: the common one, what is not known, or `partly`."""
+    """Of a stage, from those of its parts: the common one, what is not known, or `PARTLY`."""
     different = list(dict.fromkeys(states))
     if len(different) == 1:
         return different[0]
-    return next((each for each in different if each not in (REUSED, NEW)), "partly reused")
+    return next((each for each in different if each not in (REUSED, NEW, PARTLY)), PARTLY)

@@ -16,7 +16,7 @@ class PlannedStage(BaseModel):
     cold_seconds: float
     """What all of it takes to make, or took."""
     spread_seconds: float
-    """Standard error of `cold_seconds`, as far as it could be seen."""
+    """Standard error of `seconds`, as far as it could be seen."""
 
 
 class PlannedAER(BaseModel):
@@ -36,7 +36,6 @@ class Plan(BaseModel):
     name: str
     made_at: str
     machine: str
-    seconds_to_plan: float
     corpus: int
     """Samples."""
     corpus_is_estimated: bool
@@ -56,5 +55,6 @@ class Plan(BaseModel):
     """At most at once, with checkpoints."""
     free_bytes: int
     """Where the store is."""
+    seconds_to_plan: float = 0.0
     key: str = ""
     """Of the settings and inputs that it is for."""
