@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,8 @@ BACKWARD = 3
 """A training step over a forward pass."""
 GENERATED = 16
 """A token that is generated over one that passes with others."""
+LEAST_CHOSEN = 32
+"""Samples whose lengths may stand for a subset's."""
 WORTH_LOADING_AGAIN = 0.05
 """Of the time there is: a model that loads in less is loaded twice, the first time takes longer."""
 
@@ -203,7 +206,8 @@ class Rehearsal:
         """A subset; what was drawn from the samples at hand stands for it in `training`."""
         folder = self.folder / "subset"
         folder.mkdir(exist_ok=True)
-        self.chosen = self.data.drawn
+        # of so few samples no such subset may be drawn; it will be like the proxy samples
+        self.chosen = self.data.target.proxy
         scores, shard = self._scores, self._shard
         if scores is None:
             return Estimate()
@@ -211,11 +215,11 @@ class Rehearsal:
         with stopwatch() as read:
             pq.read_table(shard)
         with stopwatch() as selected:
-            try:
+            with suppress(P2DError):
                 select_subset(scores, [shard], lengths, selection, folder)
-                self.chosen = from_table(pq.read_table(folder / SUBSET))
-            except P2DError:
-                pass  # of so few samples no such subset can be drawn; of the corpus it may
+                chosen = from_table(pq.read_table(folder / SUBSET))
+                if len(chosen) >= LEAST_CHOSEN:
+                    self.chosen = chosen
         return selected.estimate + read.estimate.times(max(0, rows / len(self.data.drawn) - 1))
 
     def training(self, chosen: Sequence[Sample], n: int) -> Estimate:

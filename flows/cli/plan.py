@@ -34,13 +34,16 @@ def plan(
     demo: Annotated[bool, typer.Option("--demo", help="Plan `p2d demo` instead.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the demo.")] = 0,
     seconds: Annotated[
-        float, typer.Option(min=1, help="About what planning may take, checking the input apart.")
+        float,
+        typer.Option(
+            min=1, help="About what it may take; checking the input and loading the model apart."
+        ),
     ] = 60,
-    summary: Annotated[
+    json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the plan as JSON.")
     ] = None,
     head_map: Annotated[
-        str | None, typer.Option(metavar="KEY|FOLDER", help="As of `p2d adapt`.")
+        str | None, typer.Option(metavar="KEY|FOLDER|in-use", help="As of `p2d adapt`.")
     ] = None,
     skip_bad_rows: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="As of `p2d adapt`.")
@@ -55,10 +58,10 @@ def plan(
 
     Example: [bold]p2d plan my.yaml[/bold]
     """
-    check_summary_file(summary)
+    check_summary_file(json, "--json")
     if (file is None) != demo:
         raise InputError("`p2d plan` takes a settings file, or --demo, and not both.")
-    if head_map is not None:
+    if head_map not in (None, "in-use"):
         head_map = str(artifact(existing_store(store), head_map, "heads").path)
     from flows.environment import set_environment
 
@@ -81,8 +84,8 @@ def plan(
 
         with listening():
             made = run_plan(settings, store=store, head_map=head_map, seconds=seconds)
-    if summary is not None:
-        summary.write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if json is not None:
+        json.write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
     from rich.console import Console
 
     show_plan(made, Console())
