@@ -214,12 +214,11 @@ class Rehearsal:
         lengths = [each.n_response for each in self.captured.encode(self.data.target.proxy)]
         with stopwatch() as read:
             pq.read_table(shard)
-        with stopwatch() as selected:
-            with suppress(P2DError):
-                select_subset(scores, [shard], lengths, selection, folder)
-                chosen = from_table(pq.read_table(folder / SUBSET))
-                if len(chosen) >= LEAST_CHOSEN:
-                    self.chosen = chosen
+        with stopwatch() as selected, suppress(P2DError):
+            select_subset(scores, [shard], lengths, selection, folder)
+            chosen = from_table(pq.read_table(folder / SUBSET))
+            if len(chosen) >= LEAST_CHOSEN:
+                self.chosen = chosen
         return selected.estimate + read.estimate.times(max(0, rows / len(self.data.drawn) - 1))
 
     def training(self, chosen: Sequence[Sample], n: int) -> Estimate:
