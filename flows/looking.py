@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from flows.inputs import Inputs, make_runtime
 from flows.ledger import Ledger
@@ -26,7 +28,7 @@ from flows.stages import (
 from p2d_core.planning import NEW, PARTLY, REUSED
 from p2d_core.store import ArtifactRef, Store
 from tasks.measurements import n_steps, scorer_step
-from tasks.stage import NotMade, NotMadeError
+from tasks.stage import NotMade, NotMadeError, ShardRef
 
 
 class Found:
@@ -67,11 +69,34 @@ class Found:
         return f"unknown until {waits_for} is made" if kind in self.kinds else NEW
 
 
-def look_up(settings: RunSettings, inputs: Inputs, store: Path, given: ArtifactRef | None) -> Found:
+class _Foreseen(NotMade):
+    """A corpus that is not made, but of which it is known how it will be cut."""
+
+    shards: list[dict[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        """No file is opened."""
+        return Path()
+
+    @property
+    def manifest(self) -> Any:
+        """What `tasks.samples.shards_of` reads."""
+        return SimpleNamespace(facts={"shards": self.shards})
+
+
+def look_up(
+    settings: RunSettings,
+    inputs: Inputs,
+    store: Path,
+    given: ArtifactRef | None,
+    shards: Sequence[ShardRef] | None = None,
+) -> Found:
     """Goes through `flows.adapt.adapt_to`, as far as keys are known; reads manifests only.
 
     Args:
         given: the head map that the user named.
+        shards: of the corpus if it is not made; what of an earlier one is measured already.
     """
     runtime = replace(make_runtime(settings, store, "plan"), only_look=True)
     run = Run(settings, inputs, runtime, Ledger("plan"))
@@ -85,6 +110,10 @@ def look_up(settings: RunSettings, inputs: Inputs, store: Path, given: ArtifactR
             return NotMade(stage=stage, waits_for=missing.stage)
 
     data = read_data(run)
+    if shards is not None and isinstance(data.corpus, NotMade) and data.corpus.key:
+        cut = [{"file": "", "sha": shard.sha} for shard in shards]
+        corpus = _Foreseen(stage=data.corpus.stage, key=data.corpus.key, shards=cut)
+        data = replace(data, corpus=corpus)
     heads = reuse_heads(run, given) if given is not None else find_heads(run, data.target)
     scores = attempt("scores", lambda: score_corpus(run, data, heads, inputs.scorer))
     subset = choose(run, data, scores)

@@ -17,32 +17,37 @@ from flows.environment import MORE_BOOKS, NEW_BOOKS
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import ranked_bases
 from flows.ledger import TERM_OF_STAGE
-from flows.looking import Found, look_up, uses_head_proxy
+from flows.looking import look_up, uses_head_proxy
 from flows.planned import keep_plan, plan_key
 from flows.preview import Preview, preview
 from flows.rehearsal import Rehearsal
 from flows.settings import RunSettings
 from flows.stages import FULL, NO_HEADS
 from flows.timing import Budget
+from p2d_core.adaptation.adaptations import Heads
 from p2d_core.aer import AER, AER_STAGES, Cost, Reference, machine_name, measured
+from p2d_core.affinity.scoring import SCORES
 from p2d_core.errors import ArtifactError
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import DTYPES, parameter_counts
 from p2d_core.planning import REUSED, Estimate, Part, by_stage, total
-from p2d_core.store import Store
+from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.room import free_bytes
 from p2d_core.store.runs import read_summary, run_files
 from tasks.heads import head_map_in
 from tasks.measurements import n_steps, scorer_step
 from tasks.model import reference_in, samples_in
 from tasks.planned import Plan, PlannedAER, PlannedStage
-from tasks.room import of_attention, of_model
-from tasks.stage import NotMade
+from tasks.room import CHECKPOINTS, COPIES, of_attention, of_model
+from tasks.samples import shards_of
+from tasks.stage import NotMade, Plugin
 
 READING_SHARE = 0.25
 """Of the time, for reading the corpus."""
 RUNS_LOOKED_AT = 5
 """For what starting and looking up take."""
+
+HEADS = Plugin.of("heads", Heads())
 
 Call = tuple[str, Callable[[], Estimate]]
 """A stage as the run calls it, and what is asked for if it has to be made."""
@@ -64,10 +69,9 @@ def run_plan(
     began = time.monotonic()
     inputs = check_inputs(settings, ranked_bases(Store(store)))
     given = given_head_map(Store(store), head_map, inputs, settings.target.name)
-    found = look_up(settings, inputs, store, given)
     with tempfile.TemporaryDirectory(prefix="p2d-plan-") as folder, measured() as watch:
         budget = Budget(seconds)
-        planner = _Planner(settings, inputs, found, given is not None, store, Path(folder), budget)
+        planner = _Planner(settings, inputs, given, store, Path(folder), budget)
         parts = planner.parts()
     plan = planner.plan(parts, watch.cost)
     plan.seconds_to_plan = time.monotonic() - began
@@ -83,19 +87,21 @@ class _Planner:
         self,
         settings: RunSettings,
         inputs: Inputs,
-        found: Found,
-        given: bool,
+        given: ArtifactRef | None,
         store: Path,
         folder: Path,
         budget: Budget,
     ) -> None:
-        self.settings, self.inputs, self.found, self.given = settings, inputs, found, given
+        self.settings, self.inputs, self.given = settings, inputs, given
         self.store, self.folder, self.budget = Store(store), folder, budget
         self.runtime = make_runtime(settings, store, "plan")
         self.full = Estimate()
         """What full fine-tuning on the whole corpus takes."""
         self._data: Preview | None = None
         self._rehearsal: Rehearsal | None = None
+        self.found = look_up(settings, inputs, store, given)
+        if self.found.made("samples", 0) is None and not self.data.corpus_is_estimated:
+            self.found = look_up(settings, inputs, store, given, self.data.shards)
 
     @property
     def data(self) -> Preview:
@@ -123,6 +129,10 @@ class _Planner:
                 tried.kept = model.path
             if (subset := self.found.made("subset")) is not None:
                 tried.chosen = samples_in(subset)
+            corpus, scores = self.found.made("samples", 0), self.found.made("scores")
+            if corpus is not None and scores is not None:
+                shards = [Path(shard.file) for shard in shards_of(corpus)]
+                tried.scored = scores.path / SCORES, shards
             self._rehearsal = tried
         return self._rehearsal
 
@@ -146,7 +156,7 @@ class _Planner:
 
     def _heads(self) -> Iterator[Call]:
         yield "samples", lambda: Estimate(self.data.seconds_to_read / 2)
-        if self.given:
+        if self.given is not None:
             for stage in ("proxy", "heads"):
                 yield from [(stage, Estimate)] * len(self.found.calls.get(stage, []))
             return
@@ -296,18 +306,25 @@ class _Planner:
         return parameter_counts(Path(self.inputs.base.folder)).total * size
 
     def _disk_bytes(self, parts: list[Part]) -> int:
-        """Books, samples and scores as they were tried, and trainings with their checkpoints."""
+        """Books, samples and scores as they were tried, and trainings, long ones with checkpoints.
+
+        Checkpoints count as if all of them lay there at once: it is an upper end.
+        """
         base, heads = self.inputs.base, NO_HEADS
         if self._rehearsal is not None:
             heads = tuple(self._rehearsal.head_map.task_heads)
         adapted = of_model(base, self.inputs.adaptation, heads)
         room = {
             "proxy": of_attention(base),
-            "head_proxy": of_model(base, self.inputs.adaptation, heads),
+            "head_proxy": of_model(base, HEADS, heads),
             "model": adapted,
             "model_random": adapted,
             "model_full": of_model(base, FULL, NO_HEADS),
         }
-        books = MORE_BOOKS if run_files(self.store) else NEW_BOOKS
-        trainings = sum(room.get(part.stage, 0) for part in parts if part.state != REUSED)
-        return round(books + trainings + (self._rehearsal.bytes if self._rehearsal else 0))
+        needed = float(MORE_BOOKS if run_files(self.store) else NEW_BOOKS)
+        needed += self._rehearsal.bytes if self._rehearsal else 0
+        for part in parts:
+            if part.state != REUSED:
+                short = part.now.seconds < self.runtime.checkpoint_seconds
+                needed += room.get(part.stage, 0) / (1 + CHECKPOINTS * COPIES if short else 1)
+        return round(needed)

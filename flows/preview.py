@@ -13,8 +13,9 @@ from p2d_core.errors import DataError
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.rejected import RejectedRows
 from p2d_core.samples.schema import Sample
+from p2d_core.samples.shards import cut_into_shards, shard_hash
 from p2d_core.samples.split import CorpusCounts, TargetSplit, assemble_corpus, draw_target
-from tasks.stage import SourceInput
+from tasks.stage import ShardRef, SourceInput
 
 DRAWN = 2048
 """Samples of the corpus that are kept to be timed: the smallest ids, which are a draw."""
@@ -33,6 +34,8 @@ class Preview:
     """Time ran out before all of it was read."""
     drawn: list[Sample]
     """Of the corpus."""
+    shards: list[ShardRef]
+    """That the corpus will be cut into; of no use if it was not read whole."""
     seconds_to_read: float
     """The corpus; scaled up where it was not read whole."""
 
@@ -89,7 +92,14 @@ def preview(settings: RunSettings, inputs: Inputs, seconds: float) -> Preview:
     pools = [*(source.samples() for source in sources), iter(rest)]
     counts = CorpusCounts()
     corpus = assemble_corpus(pools, {sample.sample_id for sample in kept_out}, counts)
-    drawn = heapq.nsmallest(DRAWN, corpus, key=lambda sample: sample.sample_id)
+    shards: list[ShardRef] = []
+
+    def passing() -> Iterator[Sample]:
+        for shard in cut_into_shards(corpus):
+            shards.append(ShardRef("", len(shards), shard_hash(shard)))
+            yield from shard
+
+    drawn = heapq.nsmallest(DRAWN, passing(), key=lambda sample: sample.sample_id)
     if not drawn:
         raise DataError(
             f"the corpus has no samples: {counts.excluded} were left out because they belong to "
@@ -105,5 +115,6 @@ def preview(settings: RunSettings, inputs: Inputs, seconds: float) -> Preview:
         corpus=round(counts.total * scale),
         corpus_is_estimated=bool(cut),
         drawn=drawn,
+        shards=shards,
         seconds_to_read=(time.monotonic() - start) * scale,
     )

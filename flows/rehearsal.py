@@ -84,6 +84,8 @@ class Rehearsal:
         self._loads = 0
         self._token_seconds = 0.0
         self._captured_is_paid = False
+        self.scored: tuple[Path, list[Path]] | None = None
+        """Scores and shards of the corpus that are made."""
         self._scores: Path | None = None
         self._shard = folder / "shard.parquet"
         pq.write_table(to_table(data.drawn), self._shard, compression="zstd")
@@ -145,8 +147,9 @@ class Rehearsal:
         heads = self.head_map if one.needs_heads else None
         drawn = self.data.drawn
         if step and self._scores is not None:
-            passed = passing_ids(self._scores, 0)
-            drawn = [sample for sample in drawn if sample.sample_id in passed] or drawn
+            there = set(pq.read_table(self._scores)["sample_id"].to_pylist())
+            passed = passing_ids(self._scores, 0) or there
+            drawn = [sample for sample in drawn if sample.sample_id in passed]
         proxy = self.data.target.proxy
         state: dict[str, Any] = {}
 
@@ -208,18 +211,20 @@ class Rehearsal:
         folder.mkdir(exist_ok=True)
         # of so few samples no such subset may be drawn; it will be like the proxy samples
         self.chosen = self.data.target.proxy
-        scores, shard = self._scores, self._shard
+        scores, shards, more = self._scores, [self._shard], rows / len(self.data.drawn)
         if scores is None:
-            return Estimate()
+            if self.scored is None:
+                return Estimate()
+            (scores, shards), more = self.scored, 1.0
         lengths = [each.n_response for each in self.captured.encode(self.data.target.proxy)]
         with stopwatch() as read:
-            pq.read_table(shard)
+            pq.read_table(self._shard)
         with stopwatch() as selected, suppress(P2DError):
-            select_subset(scores, [shard], lengths, selection, folder)
+            select_subset(scores, shards, lengths, selection, folder)
             chosen = from_table(pq.read_table(folder / SUBSET))
             if len(chosen) >= LEAST_CHOSEN:
                 self.chosen = chosen
-        return selected.estimate + read.estimate.times(max(0, rows / len(self.data.drawn) - 1))
+        return selected.estimate + read.estimate.times(max(0.0, more - 1))
 
     def training(self, chosen: Sequence[Sample], n: int) -> Estimate:
         """The adaptation on ``n`` samples, of which ``chosen`` are some."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from flows.cli import main
+from flows.environment import NEW_BOOKS
 from flows.inputs import check_inputs
 from flows.plan import run_plan
 from flows.planned import plan_key
@@ -60,7 +61,7 @@ def test_in_an_empty_store_everything_is_new(job):
     assert set(states(job.before)) == set(MADE_FROM_SCRATCH)
     assert set(states(job.before).values()) == {"new"}
     for stage in job.before.stages:
-        assert stage.seconds == pytest.approx(stage.cold_seconds) > 0, stage.name
+        assert stage.seconds == stage.cold_seconds > 0, stage.name
     assert job.before.seconds == pytest.approx(sum(s.seconds for s in job.before.stages))
     assert job.before.corpus == job.first.selection.corpus
     assert not job.before.corpus_is_estimated
@@ -94,7 +95,7 @@ def test_the_plan_is_of_the_size_of_what_the_run_took(job):
     peak = max(ref.manifest.cost["peak_memory_bytes"] for ref in refs)
     assert peak / 2 < job.before.memory_bytes < peak * 2
     kept = sum(file.stat().st_size for file in job.store.rglob("*") if file.is_file())
-    assert kept / 3 < job.before.disk_bytes < kept * 3
+    assert kept < job.before.disk_bytes < kept * 3 + NEW_BOOKS
 
 
 def test_the_run_says_what_was_planned_of_it(job):
@@ -151,8 +152,8 @@ def test_the_run_computes_just_what_the_plan_said(job):
 def test_what_waits_for_a_head_map_is_said_to(job):
     plan = job.plan(seconds=3, proxy={"samples": 21})
     said = states(plan)
-    assert said["proxy"] == said["heads"] == said["head_proxy"] == "new"
-    for stage in ("measurements", "scores", "subset", "model"):
+    assert said["proxy"] == said["heads"] == "new"
+    for stage in ("head_proxy", "measurements", "scores", "subset", "model"):
         assert said[stage] == "unknown until heads is made"
     assert said["evaluation"] == "unknown until heads is made"
     assert said["samples"] == "new"  # the proxy set is another
