@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -37,10 +39,11 @@ from p2d_core.heads.head_map import HEADS, HeadMap
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.models import load_model
-from p2d_core.planning import Estimate, guess
+from p2d_core.planning import Estimate, Steps, guess, padded_sizes
 from p2d_core.progress import Progress
 from p2d_core.samples.schema import Sample, from_table, to_table
 from p2d_core.samples.shards import TARGET_ROWS
+from p2d_core.samples.tokens import EncodedSample
 from p2d_core.selection.subset import SUBSET, SelectionSpec, select_subset
 from tasks.measurements import NO_TARGET, scorer_step
 from tasks.stage import Runtime
@@ -53,8 +56,30 @@ GENERATED = 16
 """A token that is generated over one that passes with others."""
 LEAST_CHOSEN = 32
 """Samples whose lengths may stand for a subset's."""
+SHUFFLES = 8
+"""Passes over the samples whose batches say how large one is on average."""
 WORTH_LOADING_AGAIN = 0.05
 """Of the time there is: a model that loads in less is loaded twice, the first time takes longer."""
+
+
+class _Asked(Sequence[EncodedSample]):
+    """Samples that note which are asked for, one by one, by their lengths."""
+
+    def __init__(self, samples: list[EncodedSample]) -> None:
+        self.samples = samples
+        self.lengths: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[EncodedSample]:
+        return iter(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.samples[index]
+        if isinstance(index, int):
+            self.lengths.append(len(found))
+        return found
 
 
 class Rehearsal:
@@ -164,14 +189,13 @@ class Rehearsal:
             pq.write_table(to_table(drawn[:size]), self.folder / f"{step}-shard.parquet")
 
         passes = 1.0 if one.runs_model else 0.0
-        n_proxy, back = (len(proxy), BACKWARD * passes) if one.measures_target else (1, 0.0)
-        prepared = self._parts(prepare, n_proxy, n_proxy, share=0.2, passes=back)
+        seen, back = (proxy, BACKWARD * passes) if one.measures_target else (proxy[:1], 0.0)
+        prepared = self._parts(prepare, seen, len(seen), share=0.2, passes=back)
         if not state:
             return load + prepared + self._unseen(rows)
         with stopwatch() as again:  # some keep what they prepare for the next shard
             prepare(state["size"])
-        available = min(len(drawn), TARGET_ROWS)
-        measured = self._parts(work, available, rows, share=0.7, passes=passes)
+        measured = self._parts(work, drawn[:TARGET_ROWS], rows, share=0.7, passes=passes)
         if (file := self.folder / f"{step}-{MEASURED}").exists():
             self._count(file, rows / max(1, pq.ParquetFile(file).metadata.num_rows))
         return load + prepared + again.estimate.times(rows / TARGET_ROWS) + measured
@@ -188,9 +212,9 @@ class Rehearsal:
         def prepare(size: int) -> None:
             state["made"] = one.scorer.prepare(model, heads, Target(proxy[:size], held_out[:size]))
 
-        most = max(len(proxy), len(held_out))
+        seen = max(proxy, held_out, key=len)
         passes = 1.0 if one.scorer.runs_model else 0.0
-        prepared = self._parts(prepare, most, most, share=0.8, passes=passes)
+        prepared = self._parts(prepare, seen, len(seen), share=0.8, passes=passes)
         measured = self.folder / f"{step}-{MEASURED}"
         if not measured.exists():  # those of the run are there already: a few will do
             self.measuring(step, 0)
@@ -256,7 +280,7 @@ class Rehearsal:
         model = self._model("float32")
         spec = replace(self.inputs.full_training, learning_rate=0.0)
         encoded, encoding = self._encoded(self.data.drawn, len(self.data.drawn))
-        size, scale = self._batch(spec.batch_size)
+        size = self._batch(spec.batch_size)
         all_steps = spec.steps(self.data.corpus)
         if not size:
             step = self._unseen(BACKWARD * spec.batch_size)
@@ -274,10 +298,10 @@ class Rehearsal:
                 progress=tell,
             )
 
-        timed = time_steps(run, self.budget.share)
+        timed = self._steps(run, encoded, size, spec.batch_size)
         self._at_rest(model)
         before = self.load() + Estimate(self.data.seconds_to_read) + encoding
-        return before + timed.all.times(scale), timed.step.times(scale * all_steps)
+        return before + timed.all, timed.step.times(all_steps)
 
     def evaluating(self, samples: Sequence[Sample], *, adapter: bool) -> Estimate:
         """A model on evaluation samples, without loading it; with what `training` kept or not."""
@@ -297,8 +321,9 @@ class Rehearsal:
                 tokens_per_batch=self.runtime.tokens_per_batch,
             )
 
-        passes = 1.0 + GENERATED * (self.inputs.evaluating.metric == "exact_match")
-        timed = self._parts(work, len(samples), len(samples), passes=passes)
+        generates = self.inputs.evaluating.metric == "exact_match"
+        passes = 1.0 + GENERATED * generates
+        timed = self._parts(work, samples, len(samples), passes=passes, by_tokens=not generates)
         if adapter:
             self._forget()
         return attached.estimate + timed
@@ -353,23 +378,30 @@ class Rehearsal:
     def _parts(
         self,
         work: Callable[[int], object],
-        available: int,
+        samples: Sequence[Sample],
         items: float,
         *,
         share: float = 1.0,
         passes: float = 1.0,
+        by_tokens: bool = True,
     ) -> Estimate:
         """`time_parts` within a share of the time; a model too slow for that is not begun with.
 
         Args:
-            passes: forward passes that a sample takes, about.
+            samples: those at hand, of ``items`` like them.
+            passes: forward passes that a sample takes, about; 0 if the model is not run.
+            by_tokens: the work grows with their tokens, not with their number.
         """
         seconds = share * self.budget.share
-        expected = passes * self.tokens * self._token_seconds if passes else 0.0
+        expected = passes * self.tokens * self._token_seconds
         if expected > max(seconds, self.budget.left):
             return self._unseen(passes * items)
         first = max(1, min(FIRST, int(seconds / expected))) if expected else FIRST
-        return time_parts(work, available, items, seconds, first)
+        weights = [1] * len(samples)
+        if passes and by_tokens:
+            weights = [len(each) for each in self.captured.encoder.encode_all(samples)]
+        whole = sum(weights) * items / max(1, len(samples))
+        return time_parts(work, weights, whole, seconds, first)
 
     def _tuned(self, model: Any, spec: TrainingSpec) -> Estimate:
         """On the proxy set, with the loss on the held-out samples before and after."""
@@ -379,7 +411,7 @@ class Rehearsal:
         )
         losses = self._parts(
             lambda size: captured.losses_of(model, held_out[:size]),
-            len(held_out),
+            self.data.target.held_out,
             len(held_out),
             share=0.25,
         )
@@ -394,12 +426,12 @@ class Rehearsal:
             from p2d_core.adaptation.training import train
         encoded, encoding = self._encoded(samples, n)
         steps = spec.steps(n)
-        size, scale = self._batch(spec.batch_size)
+        size = self._batch(spec.batch_size)
         if not size:
             trained = self._unseen(BACKWARD * spec.batch_size * steps)
         else:
             passes_over = steps / -(-len(encoded) // size)
-            timed = time_steps(
+            timed = self._steps(
                 lambda tell: train(
                     model,
                     encoded,
@@ -410,27 +442,49 @@ class Rehearsal:
                     mixed_precision=self._mixed,
                     progress=tell,
                 ),
-                self.budget.share,
+                encoded,
+                size,
+                spec.batch_size,
             )
-            trained = timed.all.times(scale)
+            trained = timed.all
         return imported.estimate + encoding + trained
 
-    def _batch(self, batch_size: int) -> tuple[int, float]:
-        """How many samples a step that is timed may have, and what that multiplies its time by."""
+    def _steps(
+        self, run: Callable[[Progress], object], encoded: _Asked, size: int, batch_size: int
+    ) -> Steps:
+        """Steps of ``size`` samples, as they would be with ``batch_size`` such samples."""
+        timed = time_steps(run, self.budget.share)
+        n, asked = len(encoded), encoded.lengths
+        passes = [asked[i : i + n] for i in range(0, len(asked), n)]
+        sizes = [each for lengths in passes for each in padded_sizes(lengths, size)]
+        rng, lengths = random.Random(0), [len(each) for each in encoded.samples]
+        usual = [
+            each
+            for _ in range(SHUFFLES)
+            for each in padded_sizes(rng.sample(lengths, n), batch_size)
+        ]
+        return replace(
+            timed,
+            sizes=sizes[: len(timed.marks)],
+            size=statistics.fmean(usual),
+            ended=timed.ended if size == batch_size or not timed.marks else 0.0,
+        )
+
+    def _batch(self, batch_size: int) -> int:
+        """How many samples a step that is timed may have; 0: not one would be done in time."""
         expected = BACKWARD * self.tokens * self._token_seconds
         seconds = max(self.budget.share, self.budget.left / 4)
-        size = min(batch_size, int(seconds / (LEAST_STEPS * expected)))
-        return size, batch_size / max(1, size)
+        return min(batch_size, int(seconds / (LEAST_STEPS * expected)))
 
     def _unseen(self, passes: float) -> Estimate:
         """Of so many samples' forward passes, where none was timed."""
         return guess(passes * self.tokens * self._token_seconds)
 
-    def _encoded(self, samples: Sequence[Sample], n: int) -> tuple[list[Any], Estimate]:
+    def _encoded(self, samples: Sequence[Sample], n: int) -> tuple[_Asked, Estimate]:
         """Token ids, and what they take for ``n`` samples."""
         with stopwatch() as encoding:
             encoded = list(self.captured.encoder.encode_all(samples))
-        return encoded, encoding.estimate.times(n / max(1, len(samples)))
+        return _Asked(encoded), encoding.estimate.times(n / max(1, len(samples)))
 
     def _model(self, precision: str) -> Any:
         """The base in that precision; loaded once, and kept until another is asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -67,21 +67,32 @@ def time_steps(run: Callable[[Progress], object], seconds: float) -> Steps:
 
 
 def time_parts(
-    work: Callable[[int], object], available: int, items: float, seconds: float, first: int = FIRST
+    work: Callable[[int], object],
+    weights: Sequence[float],
+    whole: float,
+    seconds: float,
+    first: int = FIRST,
 ) -> Estimate:
-    """Seconds that ``work`` takes for ``items``, from growing parts of those ``available``."""
-    timed: list[tuple[int, float]] = []
+    """Seconds that ``work`` takes for all, from growing parts of what is at hand.
+
+    Args:
+        work: is given how many of the items at hand to do.
+        weights: what each of them adds to the work.
+        whole: what all adds to it, in the same unit.
+    """
+    timed: list[tuple[float, float]] = []
+    available = len(weights)
     size = min(first, available)
     end = time.perf_counter() + seconds
     while size:
         start = time.perf_counter()
         work(size)
         took = time.perf_counter() - start
-        timed.append((size, took))
+        timed.append((sum(weights[:size]), took))
         if size == available or time.perf_counter() + took * GROWTH > end:
             break
         size = min(available, size * GROWTH)
-    return scaled(timed, items) if timed else Estimate()
+    return scaled(timed, whole) if timed else Estimate()
 
 
 @dataclass

@@ -39,24 +39,31 @@ def guess(seconds: float) -> Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """When each of the first of many equal steps ended."""
+    """When each of the first of many steps ended."""
 
     marks: Sequence[float]
-    """Seconds from when the work began; at least two, unless all was run."""
+    """Seconds from when the work began; at least one, unless all was run."""
     count: int
     """All steps that there are."""
     ended: float = 0.0
     """When all of it ended, in the same seconds; 0 if it was stopped before."""
+    sizes: Sequence[float] = ()
+    """What each of the first steps had to do, in tokens with padding; empty if all do the same."""
+    size: float = 1.0
+    """What a step has to do on average, in the same."""
 
     @property
     def step(self) -> Estimate:
         """One of those that are under way: the mean, with its standard error."""
-        untimed = self._untimed
-        timed = [self.marks[i] - self.marks[i - 1] for i in range(untimed, len(self.marks))]
-        mean = statistics.fmean(timed)
-        if len(timed) < 2:
+        before = [0.0, *self.marks]
+        timed = range(self._untimed, len(self.marks))
+        seconds = [self.marks[i] - before[i] for i in timed]
+        sizes = [self.sizes[i] if self.sizes else 1.0 for i in timed]
+        mean = sum(seconds) / sum(sizes) * self.size
+        if len(seconds) < 2:
             return guess(mean)
-        return Estimate(mean, statistics.stdev(timed) / math.sqrt(len(timed)))
+        each = [s / size * self.size for s, size in zip(seconds, sizes, strict=True)]
+        return Estimate(mean, statistics.stdev(each) / math.sqrt(len(each)))
 
     @property
     def all(self) -> Estimate:
@@ -64,17 +71,25 @@ class Steps:
         if self.ended:
             return Estimate(self.ended)
         step, untimed = self.step, self._untimed
-        start = max(0.0, self.marks[untimed - 1] - untimed * step.seconds)
-        return Estimate(start) + step.times(self.count)
+        there = sum(self.sizes[:untimed]) / self.size if self.sizes else untimed
+        start = self.marks[untimed - 1] - there * step.seconds if untimed else 0.0
+        return Estimate(max(0.0, start)) + step.times(self.count)
 
     @property
     def _untimed(self) -> int:
-        return min(UNTIMED_STEPS, len(self.marks) - 1)
+        return min(UNTIMED_STEPS, max(1, len(self.marks) // 3), len(self.marks) - 1)
 
 
-def scaled(timed: Sequence[tuple[int, float]], items: float) -> Estimate:
+def padded_sizes(lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Tokens of each batch of samples of these lengths in order, padded to its longest."""
+    batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
+    return [len(batch) * max(batch) for batch in batches]
+
+
+def scaled(timed: Sequence[tuple[float, float]], items: float) -> Estimate:
     """Seconds for ``items``, from (how many, seconds) of growing parts of such work.
 
+    Items are whatever the work grows with, such as tokens.
     The last and largest part says what an item takes; what the first took beyond that is set-up,
     which comes once. The error is the difference to what the part before would have said; with one
     part alone it is as large as the estimate, unless that part was all.

@@ -3,7 +3,7 @@
 import pytest
 
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.planning import Estimate, Part, Steps, by_stage, scaled, total
+from p2d_core.planning import Estimate, Part, Steps, by_stage, padded_sizes, scaled, total
 
 
 @pytest.mark.parametrize(
@@ -28,18 +28,30 @@ def test_the_same_step_many_times_has_the_same_error_each_time():
 
 
 def test_steps_are_timed_after_those_that_set_up():
-    # 5 s up to the end of the first step, then steps of 1, 1, and of 1, 2, 1, 2 that are timed
-    timed = Steps([5, 6, 7, 8, 10, 11, 13], count=100)
+    # 5 s up to the end of the first step and one of 1 s; then 1, 2, 1, 2 that are timed, a third
+    # of all being left out
+    timed = Steps([5, 6, 7, 9, 10, 12], count=100)
     # variance 1 / 3, of four
     assert timed.step == Estimate(1.5, pytest.approx((1 / 3) ** 0.5 / 2))
-    # three steps of 1.5 would have ended after 4.5 s, not after 7
-    assert timed.all.seconds == 2.5 + 150
+    # two steps of 1.5 would have ended after 3 s, not after 6
+    assert timed.all.seconds == 3 + 150
 
 
 def test_of_two_steps_the_second_is_timed_and_no_error_known():
     timed = Steps([10, 14], count=5)
     assert timed.step == Estimate(4, 4)
     assert timed.all == Estimate(6 + 5 * 4, 5 * 4)
+
+
+def test_a_step_that_had_more_to_do_says_no_more_of_an_average_one():
+    # 0.1 s a token: 2 s for 20, 1 s for 10, and 4 s more for the first
+    timed = Steps([5, 7, 8], count=10, sizes=[10, 20, 10], size=15)
+    assert timed.step == Estimate(pytest.approx(1.5), pytest.approx(0))
+    assert timed.all.seconds == pytest.approx(4 + 15)
+
+
+def test_a_batch_is_padded_to_its_longest():
+    assert padded_sizes([3, 5, 2, 4, 7], batch_size=2) == [10, 8, 7]
 
 
 def test_work_that_was_run_to_its_end_took_what_it_took():
