@@ -14,8 +14,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import base_of, launch, new_run_id, ranked_bases
 from flows.ledger import Ledger
-from flows.report import make_summary
-from flows.settings import RunSettings
+from flows.report import make_summary, rerun_command
+from flows.settings import RunSettings, anchored
 from flows.stages import (
     Run,
     choose,
@@ -104,8 +104,9 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
         models,
         evaluations,
     )
+    summary.command = rerun_command(Path(store), run_id, given)
     summary.seconds = time.perf_counter() - start
-    done = record(summary, settings.model_dump(mode="json"), store=store)
+    done = record(summary, anchored(settings, Path.cwd()).model_dump(mode="json"), store=store)
     if (kept := _done.get()) is not None:
         kept.append(done)
     return done

@@ -202,9 +202,20 @@ class TrackingSettings(_Settings):
     experiment: str = "p2d"
     """MLflow experiment."""
     uri: str | None = None
-    """MLflow server; SQLite and a folder in the store if empty."""
+    """MLflow server; if empty MLFLOW_TRACKING_URI, or else SQLite and a folder in the store."""
     tags: dict[str, str] = {}
     """Further tags of the run."""
+
+
+class RegistrySettings(_Settings):
+    """The adapter as a version of a registered model in MLflow, and when it becomes champion."""
+
+    enabled: bool = True
+    """Register it; a run that made the same adapter again takes the version that there is."""
+    name: Annotated[str, Field(max_length=200, pattern=r"^[\w-][\w .-]*$|^$")] = ""
+    """Of the registered model; the run's name if empty."""
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """The champion has to be better than the base by this, in the metric's unit."""
 
 
 class Choice(_Settings):
@@ -270,6 +281,7 @@ class RunSettings(_Settings):
     training: TrainingSettings = TrainingSettings()
     arms: ArmsSettings = ArmsSettings()
     tracking: TrackingSettings = TrackingSettings()
+    registry: RegistrySettings = RegistrySettings()
     compare: CompareSettings = CompareSettings()
     seed: CountOrZero = 0
     """Of every draw and of training."""
@@ -326,7 +338,7 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
     except ValidationError as error:
         raise SettingsError(_explain(error, file)) from error
     try:
-        settings = _anchored(settings, file.parent)
+        settings = anchored(settings, file.parent)
     except ValueError as error:
         raise SettingsError(f"{file}: a path in it cannot be one: {error}. Mend it.") from error
     names = [source.name for source in settings.corpus.sources]
@@ -340,7 +352,9 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
     return settings
 
 
-def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
+def anchored(settings: RunSettings, folder: Path) -> RunSettings:
+    """The same with absolute paths; relative ones are taken from ``folder``."""
+
     def path(given: str) -> str:
         if len(given) > LONGEST_PATH:
             raise ValueError(f"{given[:60]!r}... has {len(given)} characters")

@@ -115,7 +115,13 @@ def fill(store: Store, *, run_id: str = "run-1") -> dict[str, ArtifactRef]:
         inputs={"measurements": [refs["measurements"].key]},
         run_id=run_id,
     )
-    chosen = to_table(corpus).slice(N_SAMPLES - N_CHOSEN)
+    first = N_SAMPLES - N_CHOSEN
+    chosen = (
+        to_table(corpus)
+        .slice(first)
+        .append_column("affinity", scores["affinity"].slice(first).combine_chunks())
+        .append_column("chosen_by", pa.array(["affinity"] * (N_CHOSEN - 1) + ["replay"]))
+    )
     refs["subset"] = put(
         store,
         "subset",

@@ -29,6 +29,7 @@ def show_summary(summary: Summary, head_map_text: Text | None, console: Console)
     _rejected(summary.rejected, console)
     _quality(summary, console)
     _aer(summary, console)
+    _kept(summary, console)
     _next(summary, console)
 
 
@@ -159,6 +160,18 @@ def _aer(summary: Summary, console: Console) -> None:
             "A larger corpus, or another target on the same corpus, changes that.",
             style="yellow",
         )
+
+
+def _kept(summary: Summary, console: Console) -> None:
+    version = summary.registered
+    if version is None and not summary.report:
+        return
+    _title(console, "Kept")
+    if version is not None:
+        alias = "champion" if version.champion else "not champion"
+        _say(console, f"{version.name}, version {version.version}: {alias}, {version.why}.")
+    if summary.report:
+        console.print(Text(f"  report: {summary.report}", "dim"), soft_wrap=True)
 
 
 def _next(summary: Summary, console: Console) -> None:
