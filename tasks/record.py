@@ -24,8 +24,8 @@ from tasks.report.markdown import as_note
 from tasks.report.page import Page, gather
 from tasks.stage import is_transient
 from tasks.summary import Summary
-from tasks.tracking import registry, run, views
-from tasks.tracking.database import mlflow_uri, prepare_tracking, quiet, server_of, shown_uri
+from tasks.tracking import comparison, registry, run, views
+from tasks.tracking.database import address_of, prepare_tracking, quiet, server_of, shown_uri
 from tasks.tracking.registry import Gate
 
 if TYPE_CHECKING:
@@ -92,31 +92,18 @@ def record_run(
     """
     store = store.resolve()
     refs = refs if refs is not None else _refs_of(summary)
-    server = server_of(uri)
-    address = server or mlflow_uri(store)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     report = store / "reports" / f"{summary.run_id}.html"
-    with _told(address), _scratch(store, summary.run_id) as folder:
+    with _told(address_of(store, uri)), _scratch(store, summary.run_id) as folder:
         page = gather(summary, refs, folder)
-        (folder / SETTINGS).write_text(
-            yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        kept = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+        (folder / SETTINGS).write_text(kept, encoding="utf-8")
+        keep_file(store / "runs" / f"{summary.run_id}.yaml", kept)
         summary.report = os.path.relpath(report)
         keep_file(report, as_html(page))
-        keep_file(store / "runs" / f"{summary.run_id}.yaml", (folder / SETTINGS).read_text("utf-8"))
-        if server is None:
-            prepare_tracking(store)
-        from mlflow import MlflowClient
-
-        with quiet():
-            client = MlflowClient(tracking_uri=address)
-            location = store / "mlflow" / "artifacts" if server is None else None
-            where = _experiment(client, experiment, location)
+        with _mlflow(store, experiment, uri) as (client, where, recorded):
             run_id = run.start(client, where.experiment_id, page, settings, refs, tags or {})
-            recorded = {"tracking_uri": shown_uri(address), "experiment": experiment}
-            recorded["run_id"] = run_id
             try:
-                summary.mlflow = recorded
+                summary.mlflow = recorded | {"run_id": run_id}
                 _write(client, where, run_id, page, refs, gate, folder)
                 run.write_arms(client, where.experiment_id, page, refs, tags or {})
                 run.end(client, run_id)
@@ -124,8 +111,47 @@ def record_run(
                 summary.mlflow = {}
                 run.end(client, run_id, "FAILED")
                 raise
-            keep_file(report, (folder / REPORT).read_text("utf-8"))
-    return recorded
+        keep_file(report, as_html(page))
+    return summary.mlflow
+
+
+@task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
+def record_comparison(
+    made: ArtifactRef, run_id: str, tracking: Mapping[str, Any], store: str
+) -> dict[str, str]:
+    """Records the arms of a comparison in MLflow, and its verdict.
+
+    Raises:
+        TransientError, ServiceError: as for `record_run`.
+    """
+    root = Path(store).resolve()
+    uri = tracking["uri"]
+    with (
+        _told(address_of(root, uri)),
+        _scratch(root, run_id) as folder,
+        _mlflow(root, tracking["experiment"], uri) as (client, where, recorded),
+    ):
+        own = comparison.write(client, where.experiment_id, made, run_id, tracking["tags"], folder)
+        return recorded | {"run_id": own}
+
+
+@contextmanager
+def _mlflow(
+    store: Path, name: str, uri: str | None
+) -> Iterator[tuple[MlflowClient, Experiment, dict[str, str]]]:
+    """A client, the experiment, and how the two are called in a summary."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    is_local = server_of(uri) is None
+    if is_local:
+        prepare_tracking(store)
+    from mlflow import MlflowClient
+
+    with quiet():
+        address = address_of(store, uri)
+        client = MlflowClient(tracking_uri=address)
+        location = store / "mlflow" / "artifacts" if is_local else None
+        called = {"tracking_uri": shown_uri(address), "experiment": name}
+        yield client, _experiment(client, name, location), called
 
 
 def _write(

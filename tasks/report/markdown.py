@@ -13,6 +13,8 @@ LONGEST_NOTE = 8000
 """Characters that MLflow takes for a tag of a run."""
 TEXT_LENGTHS = (90, 60, 40, 20)
 """Characters of a sample: the most that lets the note fit."""
+GAP = "\u2002\u200b"
+"""MLflow sets cells without a gap, and markdown trims spaces: not those before a zero-width one."""
 SHORT = 12
 """Characters of a key; enough to find it by."""
 
@@ -34,7 +36,9 @@ def as_note(page: Page, links: Iterable[tuple[str, str]] = (), picture: str = ""
 def escaped(text: str) -> str:
     """Text that markdown and HTML leave as it is, in a line."""
     safe = html.escape(one_line(text, 10_000), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#~|:])|(?<=www)\.", lambda found: "\\" + found[0], safe)
+    safe = re.sub(r"[\\`*_{}\[\]#~|]", lambda found: "\\" + found[0], safe)
+    # no links of their own
+    return safe.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def code(text: str) -> str:
@@ -46,9 +50,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table of cells that are markdown; a column whose name begins with > is right-aligned."""
     return [
         "",
-        "| " + " | ".join(name.removeprefix(">") for name in columns) + " |",
+        "| " + f"{GAP} | ".join(name.removeprefix(">") for name in columns) + " |",
         "|" + "|".join("---:" if name.startswith(">") else "---" for name in columns) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + f"{GAP} | ".join(row) + " |" for row in rows),
         "",
     ]
 
@@ -101,7 +105,7 @@ def _note(page: Page, links: Iterable[tuple[str, str]], picture: str, length: in
 
 
 def _headline(page: Page, links: Iterable[tuple[str, str]]) -> list[str]:
-    """What MLflow shows before `Show more`: three lines."""
+    """What MLflow shows before `Show more`."""
     summary, aer, moving = page.summary, page.summary.aer, page.summary.trainable
     quality = summary.quality
     return [
@@ -110,11 +114,15 @@ def _headline(page: Page, links: Iterable[tuple[str, str]]) -> list[str]:
         f"{summary.heads.selected} of {summary.heads.total} heads · {page.share} of the data · "
         f"{moving.parameters:,} parameters ({moving.share_of_model:.1%})",
         "",
-        f"{escaped(summary.base)} adapted to **{escaped(summary.target)}** by "
-        f"{escaped(page.user)}, {escaped(page.when)}; reused: {escaped(page.reused_text)}"
-        + (f"; {escaped(page.registered_text)}" if page.registered_text else ""),
-        "",
-        " · ".join(f"[{words}]({address})" for words, address in links),
+        " · ".join(
+            [
+                *(f"[{words}]({address})" for words, address in links),
+                f"{escaped(summary.base)} adapted to **{escaped(summary.target)}** by "
+                f"{escaped(page.user)}, {escaped(page.when)}",
+                f"reused: {escaped(page.reused_text)}",
+                *([escaped(page.registered_text)] if page.registered_text else []),
+            ]
+        ),
         "",
     ]
 

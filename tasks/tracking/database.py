@@ -22,6 +22,11 @@ def server_of(given: str | None) -> str | None:
     return given or os.environ.get(SERVER) or None
 
 
+def address_of(store: Path, given: str | None) -> str:
+    """Where a run is recorded."""
+    return server_of(given) or mlflow_uri(store)
+
+
 def mlflow_uri(store: Path) -> str:
     """Where runs are recorded when no server is named."""
     return f"sqlite:///{store.resolve() / 'mlflow' / 'mlflow.db'}"

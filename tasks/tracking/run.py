@@ -14,7 +14,7 @@ from p2d_core.store import ArtifactRef
 from tasks.report.page import Page, user
 from tasks.summary import ARMS
 from tasks.tracking.views import GROUP, KIND
-from tasks.verdict import ARM_NAMES, gain
+from tasks.verdict import ARM_NAMES, gain, percent
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,7 +25,7 @@ Curves = Mapping[str, list[dict[str, float]]]
 
 LONGEST_PARAM = 6000
 CURVE_POINTS = 1000
-BAR = 30
+BAR = 20
 """Characters of the bar that stands for full fine-tuning."""
 TERM_CHARACTERS = {"proxy": "░", "heads": "▒", "scores": "▓", "subset": "│", "model": "█"}
 ARM_REFS = {"proxy": "head_proxy", "random": "model_random", "full": "model_full"}
@@ -125,7 +125,7 @@ def common_tags(page: Page) -> dict[str, str]:
 
 
 def bar(stages: Mapping[str, float], full_seconds: float) -> str:
-    """Seconds by stage as a stacked bar of characters, 30 of which are full fine-tuning."""
+    """Seconds by stage as a stacked bar of characters, 20 of which are full fine-tuning."""
     if full_seconds <= 0:
         return ""
     drawn, end_of_last, done = "", 0, 0.0
@@ -149,8 +149,9 @@ def _tags(page: Page, refs: Mapping[str, ArtifactRef]) -> dict[str, str]:
     tags = {
         KIND: "adaptation",
         "arm": ARM_NAMES["p2d"],
-        "heads": page.heads_text,
-        "data": page.data_text,
+        "heads": f"{summary.heads.selected} of {summary.heads.total} "
+        f"({percent(summary.heads.selected, summary.heads.total)})",
+        "data": f"{summary.selection.selected:,} of {summary.selection.corpus:,} ({page.share})",
         "AER parts": bar(summary.aer.stages, summary.aer.full_seconds),
         "reused": page.reused_text,
         "ranker": summary.heads.ranker,
@@ -188,7 +189,7 @@ def _metrics(page: Page) -> list[Metric]:
         "eval loss": quality.losses.get("p2d"),
         "AER": _short(aer.cold),
         "speedup": _short(aer.speedup),
-        "trainable parameters": summary.trainable.parameters,
+        "parameters": summary.trainable.parameters,
         "training seconds": aer.stages.get("model"),
     }
     numbers |= {f"quality/{arm}": getattr(quality, arm) for arm in ARMS}
@@ -229,14 +230,12 @@ def _arm_metrics(page: Page, arm: str, ref: ArtifactRef | None) -> list[Metric]:
         "eval loss": quality.losses.get(arm),
     }
     if ref is None:
-        return as_metrics(numbers | ({"trainable parameters": 0} if arm == "base" else {}), {})
+        return as_metrics(numbers | ({"parameters": 0} if arm == "base" else {}), {})
     try:
         manifest = ref.manifest
     except ArtifactError:
         return as_metrics(numbers, {})
-    numbers["trainable parameters"] = manifest.facts.get(
-        "trainable", page.summary.trainable.parameters
-    )
+    numbers["parameters"] = manifest.facts.get("trainable", page.summary.trainable.parameters)
     numbers["training seconds"] = manifest.cost.get("wall_seconds")
     return as_metrics(numbers, {"training {}": page.curves.get(ARM_REFS[arm], [])})
 

@@ -20,20 +20,19 @@ VIEW = "mlflow.sharedViewState."
 TABLE, ARMS, COMPARED = "p2d", "p2d-arms", "p2d-compared"
 
 COLUMNS = (
-    ("attributes.`User`", 80),
-    ("tags.`target`", 110),
-    ("tags.`base_model`", 130),
-    ("tags.`heads`", 190),
-    ("tags.`data`", 240),
-    ("metrics.`quality before`", 120),
-    ("metrics.`quality`", 80),
-    ("metrics.`quality gain`", 110),
-    ("metrics.`AER`", 75),
-    ("metrics.`speedup`", 85),
-    ("tags.`AER parts`", 290),
-    ("metrics.`trainable parameters`", 160),
-    ("tags.`reused`", 170),
-    ("tags.`p2d.run_id`", 190),
+    ("attributes.`User`", 65),
+    ("tags.`target`", 85),
+    ("tags.`base_model`", 95),
+    ("tags.`heads`", 115),
+    ("tags.`data`", 140),
+    ("metrics.`quality before`", 118),
+    ("metrics.`quality`", 70),
+    ("metrics.`quality gain`", 102),
+    ("metrics.`AER`", 62),
+    ("metrics.`speedup`", 78),
+    ("tags.`AER parts`", 165),
+    ("metrics.`parameters`", 92),
+    ("tags.`reused`", 110),
 )
 """Of the adaptations: column, width in pixels."""
 ARM_CHARTS = (
@@ -41,7 +40,7 @@ ARM_CHARTS = (
     ("Quality of the arms", "BAR", "retention"),
     ("Quality of the arms", "BAR", "eval loss"),
     ("Cost of the arms", "BAR", "training seconds"),
-    ("Cost of the arms", "BAR", "trainable parameters"),
+    ("Cost of the arms", "BAR", "parameters"),
     ("Cost of the arms", "LINE", "training loss"),
     ("Adaptations", "IMAGE", "aer"),
     ("Adaptations", "BAR", "AER"),
@@ -54,7 +53,7 @@ COMPARED_CHARTS = (
     ("Arms of comparisons", "BAR", "retention"),
     ("Arms of comparisons", "BAR", "AER"),
     ("Arms of comparisons", "SCATTER", "AER"),
-    ("Arms of comparisons", "BAR", "trainable parameters"),
+    ("Arms of comparisons", "BAR", "parameters"),
 )
 OTHER_SECTIONS = (
     "aer", "aer_seconds_cold", "aer_seconds_this_run", "eval_loss", "heads", "learning_rate",
@@ -105,7 +104,7 @@ def _note(experiment_id: str) -> str:
     return (
         f"**P2D** {links}\n\n"
         "AER parts: ░ proxy run, ▒ head ranking, ▓ scoring, │ selection, █ training; "
-        "30 characters are full fine-tuning on the whole corpus.\n"
+        "20 characters are full fine-tuning on the whole corpus.\n"
     )
 
 
