@@ -12,8 +12,10 @@ from sqlalchemy.exc import OperationalError
 from p2d_core.errors import P2DError, TransientError
 from p2d_core.selection.picture import draw_affinities
 from p2d_core.store import ArtifactRef, Store
-from tasks.record import flat, mlflow_uri, prepare_tracking, record, record_run
+from tasks.record import record, record_run
 from tasks.summary import Summary
+from tasks.tracking.database import mlflow_uri, prepare_tracking
+from tasks.tracking.run import flat
 from tests.small_store import fill, summary
 
 SETTINGS = {
