@@ -167,9 +167,14 @@ class Choice:
         self.scorer_name: str = given["name"]
         made = scorers.make(self.scorer_name, dict(given["settings"]))
         self.version, self.version_here = given["version"], made.version
-        self.steps = [
-            ScoredStep(store, ref, step) for ref, step in zip(refs, steps_of(made), strict=True)
-        ]
+        steps = steps_of(made)
+        if len(steps) != len(refs):
+            raise ArtifactError(
+                f"the scores {refs[-1].key[:12]} are of version {self.version} of "
+                f"{self.scorer_name}, which had {len(refs)} steps; here it has {len(steps)}. "
+                "`p2d adapt` with the same settings scores anew."
+            )
+        self.steps = [ScoredStep(store, *each) for each in zip(refs, steps, strict=True)]
 
     @property
     def spec(self) -> SelectionSpec:
@@ -284,6 +289,7 @@ def sound(ref: ArtifactRef, name: str) -> Path:
     file, entry = ref.path / name, ref.manifest.files.get(name)
     if (
         entry is None
+        or not file.resolve().is_relative_to(ref.path.resolve())
         or not file.is_file()
         or file.stat().st_size != entry["size"]
         or hash_file(file) != entry["sha256"]
