@@ -97,6 +97,8 @@ class IclAttention:
 
     def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
         """``effects`` too: of the circumstances on the logarithm of each head's attention."""
+        if "effects" in state:
+            return state
         n_heads = len(state["heads"])
         width = self.demonstrations + N_CIRCUMSTANCES - 1
         squares, products = np.zeros((width, width)), np.zeros((width, n_heads))
@@ -113,7 +115,7 @@ class IclAttention:
         per-token: a share of attention.
         """
         n_heads = len(state["heads"])
-        if self.bias == "measured" and "effects" not in state:
+        if self.bias == "measured":
             state = self.fit(state, measured)
         for table in only(measured, ATTENTION, CIRCUMSTANCES, GAIN):
             paid = _draws(table, ATTENTION, n_heads)
