@@ -22,6 +22,7 @@ from p2d_core.store.runs import keep_file, keep_summary
 from tasks.report.html import as_html
 from tasks.report.markdown import as_note
 from tasks.report.page import Page, gather
+from tasks.report.prefect import tell_prefect
 from tasks.stage import is_transient
 from tasks.summary import Summary
 from tasks.tracking import comparison, registry, run, views
@@ -104,7 +105,7 @@ def record_run(
             run_id = run.start(client, where.experiment_id, page, settings, refs, tags or {})
             try:
                 summary.mlflow = recorded | {"run_id": run_id}
-                _write(client, where, run_id, page, refs, gate, folder)
+                links = _write(client, where, run_id, page, refs, gate, folder)
                 run.write_arms(client, where.experiment_id, page, refs, tags or {})
                 run.end(client, run_id)
             except BaseException:
@@ -112,6 +113,7 @@ def record_run(
                 run.end(client, run_id, "FAILED")
                 raise
         keep_file(report, as_html(page))
+        tell_prefect(page, links)
     return summary.mlflow
 
 
@@ -162,8 +164,12 @@ def _write(
     refs: Mapping[str, ArtifactRef],
     gate: Gate | None,
     folder: Path,
-) -> None:
-    """What of a run follows its numbers: the adapter, its version, the files, the note."""
+) -> list[tuple[str, str]]:
+    """What of a run follows its numbers: the adapter, its version, the files, the note.
+
+    Returns:
+        (words, address) of the pages about it, relative to the MLflow server.
+    """
     from mlflow.entities import RunTag
 
     summary = page.summary
@@ -183,6 +189,7 @@ def _write(
     note = RunTag("mlflow.note.content", as_note(page, links, picture))
     named = {"model_version": f"{done.name} {done.version}"} if done is not None else {}
     client.log_batch(run_id, tags=[note, *(RunTag(*one) for one in named.items())])
+    return [("This run in MLflow", views.run_address(experiment.experiment_id, run_id)), *links]
 
 
 def _log_images(client: MlflowClient, run_id: str, folder: Path) -> None:
