@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.runs import read_summary, run_files
 from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable
 
-UNENDED = 24 * 3600.0
+DAY = 24 * 3600.0
+UNENDED = DAY
 """Seconds for which the artifacts of a run without a summary count as needed."""
-ABANDONED = 7 * 24 * 3600.0
+ABANDONED = 7 * DAY
 """Seconds after which the checkpoints of a killed stage count as given up."""
 
 
@@ -26,12 +27,25 @@ class Removal:
     bytes: int
 
 
-def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
+def unneeded(
+    store: Store,
+    *,
+    keep_runs: int = 10,
+    keep_days: float = 0.0,
+    registered: Collection[str] = (),
+) -> list[Removal]:
     """What `remove` may take away; nothing is touched here.
 
-    Kept is every artifact that one of the newest ``keep_runs`` runs made, or names with all that it
-    was made from, and what a run that has not ended made within the last day. In a store without
-    any run's summary no whole artifact is removed: nothing says what is needed.
+    Kept is every artifact that a run to be kept made, or names with all that it was made from;
+    every registered one, with all that it was made from; and what a run that has not ended made
+    within the last day. In a store without any run's summary no whole artifact is removed: nothing
+    says what is needed.
+
+    Args:
+        keep_runs: the newest so many runs are kept,
+        keep_days: and those that ended within so many days.
+        registered: keys of artifacts that somebody needs whatever run made them, such as those of
+            registered models; one that is not in this store is passed over.
 
     Raises:
         ArtifactError: the summary of a run to be kept cannot be read.
@@ -53,19 +67,22 @@ def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
     for ref in damaged:
         del refs[ref.key]
         removals.append(Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)))
-    needed = _needed(refs, runs[:keep_runs])
-    kept = {file.stem for file in runs[:keep_runs]}
-    ended = {file.stem for file in runs}
+    kept_runs = [
+        run for place, run in enumerate(runs) if place < keep_runs or _age(run) < keep_days * DAY
+    ]
+    named = [*registered, *(key for run in kept_runs for key in _keys_named(run))]
+    needed = _with_lineage(refs, named)
+    kept = {run.stem for run in kept_runs}
+    ended = {run.stem for run in runs}
 
     def is_needed(ref: ArtifactRef) -> bool:
         maker = ref.manifest.run_id
         unended = maker not in ended and _age(ref.path) < UNENDED
         return ref.key in needed or maker in kept or unended
 
+    why = f"no part of the {len(kept_runs)} runs to be kept, nor of a registered model"
     return removals + [
-        Removal(ref.path, f"no part of the newest {keep_runs} runs", bytes_of(ref.path))
-        for ref in refs.values()
-        if not is_needed(ref)
+        Removal(ref.path, why, bytes_of(ref.path)) for ref in refs.values() if not is_needed(ref)
     ]
 
 
@@ -89,12 +106,12 @@ def bytes_of(path: Path) -> int:
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
 
 
-def _needed(refs: Mapping[str, ArtifactRef], runs: Iterable[Path]) -> set[str]:
+def _with_lineage(refs: Mapping[str, ArtifactRef], keys: Iterable[str]) -> set[str]:
+    """Those of the keys that are among the artifacts, with all that they were made from."""
     needed: set[str] = set()
-    for file in runs:
-        for key in _keys_named(file):
-            if key in refs and key not in needed:
-                needed.update(ref.key for ref in lineage_among(refs, refs[key]))
+    for key in keys:
+        if key in refs and key not in needed:
+            needed.update(ref.key for ref in lineage_among(refs, refs[key]))
     return needed
 
 
@@ -119,6 +136,6 @@ def _stale_scratch(store: Store) -> Iterator[Path]:
             yield folder
 
 
-def _age(folder: Path) -> float:
-    """Seconds since something was last put into it."""
-    return time.time() - folder.stat().st_mtime
+def _age(path: Path) -> float:
+    """Seconds since a file was written, or something was last put into a folder."""
+    return time.time() - path.stat().st_mtime

@@ -37,7 +37,7 @@ def test_what_only_older_runs_made_and_named_goes(store: Store):
     removals = unneeded(store, keep_runs=1)
     assert [removal.path for removal in removals] == [other.path]
     assert removals[0].bytes >= 1000
-    assert removals[0].why == "no part of the newest 1 runs"
+    assert removals[0].why == "no part of the 1 runs to be kept, nor of a registered model"
     assert list(remove(removals)) == removals
     assert not other.path.exists()
     assert store.find("model", refs["model"].key) is not None
@@ -112,3 +112,19 @@ def test_an_artifact_whose_manifest_is_damaged_goes_and_spoils_nothing(store: St
     assert [(removal.path, removal.why) for removal in removals] == [
         (refs["heads"].path, "its manifest is damaged")
     ]
+
+
+def test_what_is_registered_stays_with_all_it_was_made_from(store: Store):
+    refs = fill(store, run_id="older")
+    keep_run(store, summary(refs, "older"))
+    registered = [refs["subset"].key, "0" * 64]
+    gone = {removal.path for removal in unneeded(store, keep_runs=0, registered=registered)}
+    assert gone == {refs["model"].path, refs["evaluation"].path}
+
+
+def test_runs_of_the_last_days_are_kept_beside_the_newest(store: Store):
+    refs = fill(store, run_id="older")
+    old(keep_run(store, summary(refs, "older")), days=3)
+    keep_run(store, summary({"heads": put(store, "heads", {"f": "x"})}, "newer"))
+    assert unneeded(store, keep_runs=1, keep_days=4) == []
+    assert len(unneeded(store, keep_runs=1, keep_days=2)) == len(refs)
