@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types imports pytest slow faults bench clean
+.PHONY: demo test lint types imports pytest stack-test slow faults bench clean
 
 demo: $(INSTALLED)  ## the main job on a small example that ships with the project
 	@$(BIN)/p2d demo
@@ -25,6 +25,9 @@ pytest: $(INSTALLED)
 
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
+
+stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; minutes
+	$(BIN)/pytest tests/stack -m stack --timeout 900
 
 faults: $(INSTALLED)  ## every fault that is known to happen, for real; figures into docs/guarantees.md
 	$(BIN)/pytest tests/faults -m "" --timeout 3600

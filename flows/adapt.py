@@ -12,11 +12,12 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.launch import base_of, launch, new_run_id, ranked_bases
+from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.report import make_summary
-from flows.settings import RunSettings
+from flows.settings import RunSettings, anchored
 from flows.stages import (
+    IN_USE,
     Run,
     choose,
     cost_of_full,
@@ -27,10 +28,12 @@ from flows.stages import (
     reuse_heads,
     score_corpus,
     train,
+    use_from_now_on,
 )
 from p2d_core.errors import HeadMapError
 from p2d_core.models import layers_of
 from p2d_core.store import ArtifactRef, Store
+from p2d_core.store.in_use import head_map_in_use
 from tasks.heads import head_map_in
 from tasks.record import record
 from tasks.summary import Summary
@@ -45,7 +48,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     """Checks all input, then runs the flow.
 
     Args:
-        head_map: key or folder of a `heads` artifact; skips proxy and ranking.
+        head_map: key or folder of a `heads` artifact, or in-use; skips proxy and ranking.
 
     Raises:
         InputError: before anything was started.
@@ -54,8 +57,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     """
     inputs = check_inputs(settings, ranked_bases(Store(store)))
     if head_map is not None:
-        given_head_map(Store(store), head_map, inputs)
-    named = adapt.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
+        given_head_map(Store(store), head_map, inputs, settings.target.name)
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
     finished: list[Summary] = []
@@ -64,7 +66,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     def run(run_id: str) -> Summary:
         begun = _begun.set((run_id, inputs))
         try:
-            return named(settings, store=str(store.resolve()), head_map=head_map)
+            return adapt(settings, store=str(store.resolve()), head_map=head_map)
         finally:
             _begun.reset(begun)
 
@@ -74,16 +76,42 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         _done.reset(done)
 
 
-@flow(name="adapt", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
-def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None = None) -> Summary:
-    """Adapts a base model to a target by its task heads, and says what it cost."""
+@flow(
+    name="adapt",
+    flow_run_name=run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=2),
+    persist_result=False,
+)
+def adapt(settings: RunSettings, store: str | None = None, head_map: str | None = None) -> Summary:
+    """Adapts a base model to a target by its task heads, and says what it cost.
+
+    Args:
+        settings: The run. Relative paths are taken from the worker's folder (P2D_HOME).
+        store: Folder of the artifacts on the worker. P2D_STORE, or artifacts, if empty.
+        head_map: Key of a head map to take instead of a proxy run and ranking; in-use takes the
+            one that refresh-head-map keeps (and puts the first one to use).
+    """
+    if (begun := _begun.get()) is not None:
+        return adapt_to(settings, *begun, store_folder(store), head_map)
+    folder = store_folder(store)
+    settings = anchored(settings, Path.cwd())
+    inputs = check_inputs(settings, ranked_bases(Store(folder)))
+    with on_worker(folder) as run_id:
+        return adapt_to(settings, run_id, inputs, folder, head_map)
+
+
+def adapt_to(
+    settings: RunSettings, run_id: str, inputs: Inputs, store: Path, head_map: str | None
+) -> Summary:
+    """Every stage, in order; within a flow."""
     start = time.perf_counter()
-    run_id, inputs = _begun.get() or (new_run_id(), check_inputs(settings))
-    run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
+    run = Run(settings, inputs, make_runtime(settings, store, run_id), Ledger(run_id))
 
     data = read_data(run)
-    given = given_head_map(Store(Path(store)), head_map, inputs)
-    heads = reuse_heads(run, given) if given is not None else find_heads(run, data)
+    given = given_head_map(Store(store), head_map, inputs, settings.target.name)
+    heads = reuse_heads(run, given) if given is not None else find_heads(run, data.target)
+    if given is None and head_map == IN_USE:
+        use_from_now_on(run, heads, "the first run that asked for one")
     scores = score_corpus(run, data, heads, inputs.scorer)
     subset = choose(run, data, scores)
     models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
@@ -105,14 +133,23 @@ def adapt(settings: RunSettings, store: str = "artifacts", head_map: str | None 
         evaluations,
     )
     summary.seconds = time.perf_counter() - start
-    done = record(summary, settings.model_dump(mode="json"), store=store)
+    done = record(summary, settings.model_dump(mode="json"), store=str(store))
     if (kept := _done.get()) is not None:
         kept.append(done)
     return done
 
 
-def given_head_map(store: Store, head_map: str | None, inputs: Inputs) -> ArtifactRef | None:
-    """The head map that the user named, if it is of this base model."""
+def given_head_map(
+    store: Store, head_map: str | None, inputs: Inputs, target: str
+) -> ArtifactRef | None:
+    """The head map that the user named, if it is of this base model; None: rank anew.
+
+    Raises:
+        HeadMapError: it is damaged, or of another base model.
+    """
+    if head_map == IN_USE:
+        used = head_map_in_use(store.root, inputs.base.sha256, target)
+        head_map = used.key if used is not None and store.find("heads", used.key) else None
     if head_map is None:
         return None
     ref = store.resolve(head_map, stage="heads")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -17,10 +16,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.launch import launch, new_run_id, ranked_bases
+from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
-from flows.settings import Choice, RunSettings
+from flows.settings import Choice, RunSettings, anchored
 from flows.stages import (
     FULL,
     NO_HEADS,
@@ -69,14 +68,13 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
         InputError: before anything was started; names the arm.
     """
     checked = checked_arms(grid_of(settings), ranked_bases(Store(store)))
-    named = compare.with_options(flow_run_name=f"{settings.name} {time.strftime('%Y-%m-%d')}")
     finished: list[ArtifactRef] = []
     done = _done.set(finished)
 
     def run(run_id: str) -> ArtifactRef:
         begun = _begun.set((run_id, checked))
         try:
-            return named(settings, store=str(store.resolve()))
+            return compare(settings, store=str(store.resolve()))
         finally:
             _begun.reset(begun)
 
@@ -115,11 +113,39 @@ def checked_arms(grid: Grid, ranked: set[str]) -> dict[tuple[Arm, int], Inputs]:
     return checked
 
 
-@flow(name="compare", task_runner=ThreadPoolTaskRunner(max_workers=2), persist_result=False)
-def compare(settings: RunSettings, store: str = "artifacts") -> ArtifactRef:
-    """Runs every arm; one that fails is shown as failed and takes no other with it."""
+def compare_name() -> str:
+    """What a run of the flow is called."""
+    return run_name(" compared")
+
+
+@flow(
+    name="compare",
+    flow_run_name=compare_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=2),
+    persist_result=False,
+)
+def compare(settings: RunSettings, store: str | None = None) -> ArtifactRef:
+    """Runs every arm of settings.compare over one base and corpus, and says which is better.
+
+    Args:
+        settings: The run; its section compare names the arms. Relative paths are taken from the
+            worker's folder (P2D_HOME).
+        store: Folder of the artifacts on the worker. P2D_STORE, or artifacts, if empty.
+    """
+    folder = store_folder(store)
+    if (begun := _begun.get()) is not None:
+        return run_arms(settings, *begun, folder)
+    settings = anchored(settings, Path.cwd())
+    checked = checked_arms(grid_of(settings), ranked_bases(Store(folder)))
+    with on_worker(folder) as run_id:
+        return run_arms(settings, run_id, checked, folder)
+
+
+def run_arms(
+    settings: RunSettings, run_id: str, inputs: dict[tuple[Arm, int], Inputs], store: Path
+) -> ArtifactRef:
+    """Every arm, within a flow; one that fails is shown as failed and takes no other with it."""
     grid = grid_of(settings)
-    run_id, inputs = _begun.get() or (new_run_id(), checked_arms(grid, set()))
     runs: list[ArmRun] = []
     total = len(grid.seeds) * (len(grid.arms) + 1 + settings.compare.everything)
     with progress_of("arms") as progress:
@@ -141,7 +167,7 @@ def compare(settings: RunSettings, store: str = "artifacts") -> ArtifactRef:
                 progress(len(runs), total)
     metric = settings.evaluation.metric
     done = compare_arms(
-        make_runtime(settings, Path(store), run_id),
+        make_runtime(settings, store, run_id),
         runs=runs,
         metric=metric,
         higher_is_better=HIGHER_IS_BETTER[metric],
@@ -176,7 +202,7 @@ class Seed:
     """What the arms of one seed share: the data, the base's quality, the price of everything."""
 
     def __init__(
-        self, settings: RunSettings, seed: int, inputs: Inputs, store: str, run_id: str
+        self, settings: RunSettings, seed: int, inputs: Inputs, store: Path, run_id: str
     ) -> None:
         self.settings = settings.model_copy(update={"seed": seed})
         self.seed, self.store, self.run_id = seed, store, run_id
@@ -185,7 +211,7 @@ class Seed:
         self._data: Data | None = None
 
     def _run(self, settings: RunSettings, inputs: Inputs) -> Run:
-        runtime = make_runtime(settings, Path(self.store), self.run_id)
+        runtime = make_runtime(settings, self.store, self.run_id)
         return Run(settings, inputs, runtime, Ledger(self.run_id))
 
     @property
@@ -219,7 +245,7 @@ class Seed:
         """Heads where they are looked at, scores, subset, training, evaluation."""
         run = self._run(settings, inputs)
         data = self.data
-        heads = find_heads(run, data) if arm.ranker != NONE else None
+        heads = find_heads(run, data.target) if arm.ranker != NONE else None
         scores = score_corpus(run, data, heads, inputs.scorer)
         subset = choose(run, data, scores)
         model = train(run, heads, subset)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from flows.environment import wait_for_server
 from flows.killed import clear_killed, end_orphans, noted
+from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
-from p2d_core.errors import ArtifactError
+from p2d_core.errors import ArtifactError, P2DError
 from p2d_core.store import ArtifactRef, Store
+
+MOST_STARTS = 5
+"""Of one run: what kills it every time must not go on for ever."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -45,6 +51,40 @@ def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
             raise away from error
         log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
         return finished[0]
+
+
+@contextmanager
+def on_worker(store: Path) -> Iterator[str]:
+    """Around the work of a flow that a worker has started; gives the run's id.
+
+    Progress is told as Prefect's progress artifacts. A run that was killed is not marked as
+    crashed here: its worker's heartbeats say so (`flows.deploying`), and it may be this one again.
+    """
+    from prefect.runtime import flow_run
+
+    if (flow_run.run_count or 0) > MOST_STARTS:
+        raise P2DError(
+            f"this run was killed {MOST_STARTS} times and is not started again: see the worker's "
+            "log and the machine's memory. A new run goes on from what was finished."
+        )
+    clear_killed(store)
+    run_id = new_run_id()
+    with told_to_prefect(), noted(store, run_id):
+        yield run_id
+
+
+def store_folder(given: str | None) -> Path:
+    """Where a deployed flow keeps artifacts: as given, else P2D_STORE, else ``artifacts``."""
+    return Path(given or os.environ.get("P2D_STORE") or "artifacts").resolve()
+
+
+def run_name(kind: str = "") -> str:
+    """Such as "math on gsm8k, 2026-01-31": what a run of the calling flow is about, and its day."""
+    from prefect.runtime import flow_run
+
+    settings = flow_run.parameters["settings"]
+    target = settings.target.name or Path(settings.target.path).stem
+    return f"{settings.name}{kind} on {target}, {time.strftime('%Y-%m-%d')}"
 
 
 def new_run_id() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from p2d_core.errors import P2DError, ServiceError
@@ -43,10 +44,26 @@ def leave(code: int) -> NoReturn:
     """Ends the process; at once where Prefect would try for minutes to tell a server that is gone
     of every step."""
     if _gone:
+        _end_own_server()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _end_own_server() -> None:
+    """Prefect's temporary server that this process started, should it have come up after all.
+
+    It would outlive the process, and whoever reads our output would wait for it.
+    """
+    import psutil
+
+    from flows.killed import SERVER
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if SERVER in child.cmdline():
+                child.kill()
 
 
 def _line(error: BaseException) -> str:

@@ -32,8 +32,21 @@ def _pattern(text: str | None) -> str | None:
     return text
 
 
+def _in_order(schema: dict[str, Any]) -> None:
+    """Prefect's database sorts keys; its form goes by this."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_in_order,
+        # of sections too, which Prefect's form would show without a name
+        field_title_generator=lambda name, _: name.replace("_", " ").capitalize(),
+    )
 
 
 class SourceSettings(_Settings):
@@ -229,7 +242,7 @@ def _choice(given: Any) -> Any:
 
 
 Choices = Annotated[
-    tuple[Annotated[Choice, BeforeValidator(_choice)], ...],
+    tuple[Annotated[Choice, BeforeValidator(_choice, json_schema_input_type=str | Choice)], ...],
     Field(min_length=1, validate_default=True),
 ]
 
@@ -325,17 +338,26 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
         settings = RunSettings.model_validate(values)
     except ValidationError as error:
         raise SettingsError(_explain(error, file)) from error
+    return anchored(settings, file.parent, where=str(file))
+
+
+def anchored(settings: RunSettings, folder: Path, *, where: str = "settings") -> RunSettings:
+    """The same with every relative path taken from ``folder``; absolute ones stay.
+
+    Raises:
+        SettingsError: names ``where`` a path cannot be one, or two sources have one name.
+    """
     try:
-        settings = _anchored(settings, file.parent)
+        settings = _anchored(settings, folder)
     except ValueError as error:
-        raise SettingsError(f"{file}: a path in it cannot be one: {error}. Mend it.") from error
+        raise SettingsError(f"{where}: a path in it cannot be one: {error}. Mend it.") from error
     names = [source.name for source in settings.corpus.sources]
     if settings.corpus.include_target:
         names.append(settings.target.name)
     for name in names:
         if names.count(name) > 1:
             raise SettingsError(
-                f"{file}: two sources of the corpus are called {name!r}. Give each a `name:`."
+                f"{where}: two sources of the corpus are called {name!r}. Give each a `name:`."
             )
     return settings
 

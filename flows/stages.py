@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference, machine_name
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
+from p2d_core.store.in_use import InUse, put_in_use
 from tasks.evaluation import evaluate_model
 from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.measurements import (
@@ -42,6 +44,8 @@ from tasks.subset import draw_subset
 
 NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
+IN_USE = "in-use"
+"""In place of a head map's key: the one that is in use for the base model and target."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,10 @@ def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
     return heads
 
 
-def find_heads(run: Run, data: Data) -> ArtifactRef:
+def find_heads(run: Run, target: ArtifactRef) -> ArtifactRef:
     """Proxy run, where the ranker wants one, and head ranking; on several draws if asked for."""
     inputs = run.inputs
-    targets = draws_of(run, data.target, run.settings.heads.average_over)
+    targets = draws_of(run, target, run.settings.heads.average_over)
     maps = [rank_on(run, target, inputs.ranker) for target in targets]
     if len(maps) == 1:
         return maps[0]
@@ -136,6 +140,12 @@ def find_heads(run: Run, data: Data) -> ArtifactRef:
         )
         made.append(heads)
     return heads
+
+
+def use_from_now_on(run: Run, heads: ArtifactRef, why: str, refreshes: int = 0) -> None:
+    """Runs over this base model and target that ask for the head map in use get this one."""
+    in_use = InUse(heads.key, time.strftime("%Y-%m-%d"), why, refreshes)
+    put_in_use(Path(run.runtime.store), run.inputs.base.sha256, run.settings.target.name, in_use)
 
 
 def draws_of(run: Run, target: ArtifactRef, n: int) -> list[ArtifactRef]:

@@ -286,6 +286,7 @@ def stage(
         made = task(
             run,
             name=name,
+            task_run_name=lambda parameters: shown_name(name, parameters),
             retries=2,
             retry_delay_seconds=[1, 5],
             retry_condition_fn=is_transient,
@@ -296,6 +297,21 @@ def stage(
         return made
 
     return wrap
+
+
+def shown_name(stage: str, inputs: Mapping[str, Any]) -> str:
+    """What a stage's task run is called: of which source, shard, draw or arm it is."""
+    of: list[str] = []
+    for name, value in inputs.items():
+        if isinstance(value, SourceInput):
+            of.append(value.spec.name)
+        elif isinstance(value, ShardRef):
+            of.append(f"shard {value.index}")
+        elif name == "draw":
+            of.append(f"draw {value}")
+        elif name == "arm":
+            of.append(str(value))
+    return f"{stage}: {', '.join(of)}" if of else stage
 
 
 def _is_input(value: Any) -> bool:

@@ -27,8 +27,9 @@ def adapt(
     head_map: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY|FOLDER",
-            help="Take this head map, such as artifacts/heads/<key>: no proxy run, no ranking.",
+            metavar="KEY|FOLDER|in-use",
+            help="Take this head map, such as artifacts/heads/<key>: no proxy run, no ranking. "
+            "in-use: the one that `p2d heads refresh` keeps.",
         ),
     ] = None,
     skip_bad_rows: Annotated[
@@ -55,7 +56,7 @@ def adapt(
     settings = load_settings(file)
     if skip_bad_rows is not None:
         settings = settings.model_copy(update={"skip_bad_rows": skip_bad_rows})
-    if head_map is not None:
+    if head_map not in (None, "in-use"):
         head_map = str(artifact(existing_store(store), head_map, "heads").path)
     from flows.environment import prepare_environment
 

@@ -70,6 +70,47 @@ def stability(
     typer.echo(f"\nWrote {output}.")
 
 
+@app.command()
+def refresh(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Settings in YAML; `p2d config` writes a first one."),
+    ],
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=0.999,
+            help="By how much rank correlation and overlap have to lie below those between today's "
+            "own draws for the map to be replaced.",
+        ),
+    ] = 0.1,
+    draws: Annotated[
+        int, typer.Option(min=2, max=10, metavar="K", help="How many fresh proxy sets are drawn.")
+    ] = 2,
+    store: StoreOption = DEFAULT_STORE,
+    verbose: VerboseOption = False,
+) -> None:
+    """See whether the head map in use still holds for today's target data, and replace it if not.
+
+    The first time, it puts a head map to use. `p2d adapt FILE --head-map in-use` takes it.
+
+    Example: [bold]p2d heads refresh my.yaml --margin 0.2[/bold]
+    """
+    from flows.settings import load_settings
+
+    settings = load_settings(file)
+    from flows.environment import prepare_environment
+
+    prepare_environment(store, verbose=verbose)
+    from flows.cli.progress import listening
+    from flows.refresh import run_refresh
+
+    with listening():
+        done = run_refresh(settings, store=store, margin=margin, draws=draws)
+    typer.echo(done.sentence)
+
+
 def show(done: Stability) -> None:
     """Prints a table: a row for each ranker and number of best heads that is compared."""
     from rich.console import Console

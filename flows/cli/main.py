@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from flows.cli import adapt, artifacts, compare, config, demo, doctor, heads, sql, ui
+from flows.cli import adapt, artifacts, compare, config, demo, doctor, heads, sql, ui, worker
 from flows.services import leave
 from p2d_core.errors import InputError, P2DError
 
@@ -35,6 +35,7 @@ app.command()(adapt.adapt)
 app.command()(compare.compare)
 app.command()(config.config)
 app.command()(ui.ui)
+app.command()(worker.worker)
 app.add_typer(heads.app, name="heads")
 app.add_typer(artifacts.app, name="artifacts")
 app.command()(sql.sql)

@@ -30,7 +30,7 @@ from p2d_core.synthetic.world import BASE_FOLDER
 from tasks.record import prepare_tracking, record_run
 from tasks.room import SMALL, of_attention
 from tasks.stage import BaseModel, Runtime, stage
-from tests.faults.small_job import SmallJob, content_of
+from tests.faults.small_job import Ended, SmallJob, content_of
 from tests.faults.trials import trials
 from tests.small_store import fill, samples, summary
 
@@ -348,18 +348,23 @@ def kill_server(process: subprocess.Popen[str], sign: Path, pattern: str) -> Non
 
 
 @pytest.mark.parametrize("after", trials(STAGES, quick=0))
-def test_a_prefect_server_that_goes_away_costs_its_pages_and_not_the_run(
+def test_a_prefect_server_that_goes_away_costs_its_pages_or_the_rest_of_the_run(
     after: str, job: SmallJob, whole, tmp_path: Path
 ):
     store = tmp_path / "store"
     process = job.start(store)
     kill_server(process, store, f"{after}/*/manifest.json")
     text, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, text[-6000:]
     assert "Traceback" not in text
-    assert "recorded, but not in Prefect's pages" in text
+    if process.returncode == 0:
+        assert "recorded, but not in Prefect's pages" in text
+        assert len(list((store / "runs").glob("*.json"))) == 1
+    else:
+        # Prefect asked the server between two stages, where it tells nobody but the flow
+        told = Ended(process.returncode, text).check_told()
+        assert told.startswith("error: Prefect's server that this command started does not answer")
+        assert job.run(store).code == 0
     assert content_of(store) == whole
-    assert len(list((store / "runs").glob("*.json"))) == 1
 
 
 @pytest.mark.faults

@@ -122,7 +122,8 @@ class Watch:
 
     ``events``: file to which all of them are written at the end.
     ``end_at``: number of the event before which the process ends itself by SIGKILL;
-    ``stop_at``: of one before which it stops for good, by SIGSTOP.
+    ``stop_after``: pattern; before the next event after the first that has it, the process stops
+    for good, by SIGSTOP.
     ``armed_by``: from the first event whose text this pattern is found in, no file may grow larger
     than ``bytes``: the kernel lets a write go so far and then ends the process (SIGXFSZ).
     """
@@ -132,13 +133,15 @@ class Watch:
         store: str,
         events: str | None = None,
         end_at: int | None = None,
-        stop_at: int | None = None,
+        stop_after: str | None = None,
         armed_by: str | None = None,
         bytes: int = 0,
     ) -> None:
         self.store = store
         self.events_file = events
-        self.signal_at = {end_at: signal.SIGKILL, stop_at: signal.SIGSTOP}
+        self.end_at = end_at
+        self.stop_after = stop_after
+        self.stop_now = False
         self.armed_by = armed_by
         self.bytes = bytes
         self.seen: list[str] = []
@@ -152,8 +155,11 @@ class Watch:
         mode = f" {arguments[1]}" if event == "open" else ""
         text = f"{event}{mode} {path.removeprefix(self.store)}"
         self.seen.append(text)
-        if (ending := self.signal_at.get(len(self.seen) - 1)) is not None:
-            os.kill(os.getpid(), ending)
+        if len(self.seen) - 1 == self.end_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.stop_now:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self.stop_now = self.stop_after is not None and bool(re.search(self.stop_after, text))
         if self.armed_by is not None and re.search(self.armed_by, text):
             self.armed_by = None
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.bytes, self.bytes))

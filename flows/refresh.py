@@ -1,0 +1,149 @@
+"""Whether the head map in use still holds: it is held against rankings on fresh proxy sets."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow
+from pydantic import Field
+
+from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
+from flows.ledger import Ledger
+from flows.settings import RunSettings, anchored
+from flows.stages import Run, find_heads, rank_on, read_target, use_from_now_on
+from p2d_core.heads.drift import Drift, drift
+from p2d_core.store import ArtifactRef, Store
+from p2d_core.store.in_use import head_map_in_use, put_in_use
+from tasks.heads import average_heads, head_map_in
+from tasks.samples import redraw_target
+
+Margin = Annotated[float, Field(gt=0, lt=1)]
+Draws = Annotated[int, Field(ge=2, le=10)]
+
+_begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
+"""The run that `run_refresh` has noted, and the inputs that it has checked."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What came of a look at the head map in use."""
+
+    name: str
+    target: str
+    in_use: str
+    """Key of the head map that is in use now."""
+    before: str | None
+    """Key of the one that was; None at the first look."""
+    number: int
+    """Looks so far, this one included."""
+    drift: Drift | None
+    """None at the first look, which puts a map to use."""
+
+    @property
+    def sentence(self) -> str:
+        """For a person."""
+        if self.drift is None:
+            return f"No head map was in use for {self.target}: {self.in_use[:12]} is now."
+        kept = f"{self.in_use[:12]} stays in use."
+        if self.before != self.in_use:
+            kept = f"{self.in_use[:12]}, the mean of today's draws, takes its place."
+        return f"{self.drift.sentence} {kept}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the keys are the fields' names."""
+        return asdict(self)
+
+
+def refresh_name() -> str:
+    """What a run of the flow is called."""
+    return run_name(" head map")
+
+
+def run_refresh(
+    settings: RunSettings, *, store: Path, margin: float = 0.1, draws: int = 2
+) -> Refresh:
+    """Checks all input, then runs the flow.
+
+    Raises:
+        InputError: before anything was started.
+    """
+    inputs = checked(settings, store)
+
+    def run(run_id: str) -> Refresh:
+        begun = _begun.set((run_id, inputs))
+        try:
+            return refresh_head_map(settings, margin, draws, store=str(store.resolve()))
+        finally:
+            _begun.reset(begun)
+
+    return launch(store, run, [])
+
+
+@flow(name="refresh-head-map", flow_run_name=refresh_name, persist_result=False)
+def refresh_head_map(
+    settings: RunSettings, margin: Margin = 0.1, draws: Draws = 2, store: str | None = None
+) -> Refresh:
+    """Ranks the heads on fresh proxy sets and says whether the head map in use still holds.
+
+    The first look puts a head map to use; runs take it with head_map: in-use.
+
+    Args:
+        settings: The run. Relative paths are taken from the worker's folder (P2D_HOME).
+        margin: By how much both rank correlation and overlap of the task heads have to lie below
+            those between today's own draws for the map to be replaced.
+        draws: Fresh proxy sets to rank on; each costs a proxy run where the ranker needs one.
+        store: Folder of the artifacts on the worker. P2D_STORE, or artifacts, if empty.
+    """
+    folder = store_folder(store)
+    if (begun := _begun.get()) is not None:
+        return look(settings, *begun, folder, margin, draws)
+    settings = anchored(settings, Path.cwd())
+    inputs = checked(settings, folder)
+    with on_worker(folder) as run_id:
+        return look(settings, run_id, inputs, folder, margin, draws)
+
+
+def checked(settings: RunSettings, store: Path) -> Inputs:
+    """Everything a refresh needs, further draws of the proxy set among it."""
+    several = settings.heads.model_copy(update={"average_over": 2})
+    return check_inputs(settings.model_copy(update={"heads": several}), ranked_bases(Store(store)))
+
+
+def look(
+    settings: RunSettings, run_id: str, inputs: Inputs, store: Path, margin: float, draws: int
+) -> Refresh:
+    """The work, within a flow."""
+    run = Run(settings, inputs, make_runtime(settings, store, run_id), Ledger(run_id))
+    name = settings.target.name
+    with run.ledger.stage("samples") as made:
+        target, _ = read_target(run, [])
+        made.append(target)
+    used = head_map_in_use(store, inputs.base.sha256, name)
+    number = used.refreshes + 1 if used is not None else 1
+    kept = Store(store).find("heads", used.key) if used is not None else None
+    if used is None or kept is None:
+        heads = find_heads(run, target)
+        use_from_now_on(run, heads, "the first look", number)
+        return Refresh(settings.name, name, heads.key, None, number, None)
+    maps = fresh_maps(run, target, number, draws)
+    found = drift(head_map_in(kept), [head_map_in(one) for one in maps], margin=margin)
+    if found.has_drifted:
+        heads = average_heads(
+            run.runtime, inputs.base, draws=maps, ranker=inputs.ranker, pick=inputs.pick
+        )
+        use_from_now_on(run, heads, f"{used.key[:12]} had drifted", number)
+        return Refresh(settings.name, name, heads.key, used.key, number, found)
+    put_in_use(store, inputs.base.sha256, name, replace(used, refreshes=number))
+    return Refresh(settings.name, name, used.key, used.key, number, found)
+
+
+def fresh_maps(run: Run, target: ArtifactRef, number: int, draws: int) -> list[ArtifactRef]:
+    """Head maps ranked on proxy sets that no look before this one has drawn."""
+    first = 1000 * number
+    with run.ledger.stage("samples") as made:
+        made += [redraw_target(run.runtime, target=target, draw=first + i) for i in range(draws)]
+    return [rank_on(run, each, run.inputs.ranker) for each in made]

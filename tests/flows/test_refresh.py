@@ -1,0 +1,95 @@
+"""Whether the head map in use still holds, on a small target."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.adapt import run_adapt
+from flows.refresh import run_refresh
+from flows.settings import load_settings
+from p2d_core.errors import DataError
+from p2d_core.heads.draws import mean_of_draws
+from p2d_core.heads.head_map import read_head_map
+from p2d_core.store import Store
+from p2d_core.store.in_use import InUse, head_map_in_use, put_in_use
+from p2d_core.synthetic.world import write_world
+from tests.flows.test_cli_heads import p2d, write_settings
+
+__all__ = ["p2d"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("refresh")
+    write_world(folder, seed=5)
+    write_settings(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(folder) -> Path:
+    return folder / "artifacts"
+
+
+@pytest.fixture(scope="module")
+def first(folder, store):
+    return run_refresh(load_settings(folder / "my.yaml"), store=store)
+
+
+def test_the_first_look_puts_a_map_to_use(first, store):
+    assert first.drift is None
+    assert first.number == 1
+    assert first.in_use in {ref.key for ref in Store(store).refs("heads")}
+    assert first.sentence == f"No head map was in use for target: {first.in_use[:12]} is now."
+
+
+def test_a_run_that_asks_for_the_map_in_use_ranks_nothing(folder, store, first):
+    done = run_adapt(load_settings(folder / "my.yaml"), store=store, head_map="in-use")
+    assert Path(done.artifacts["heads"]).name == first.in_use
+    assert {"proxy", "heads"} <= set(done.reused)
+
+
+def test_a_map_that_holds_stays_and_each_look_draws_anew(folder, store, first, p2d):
+    code, said, _ = p2d("heads", "refresh", "my.yaml", "--draws", "2", "--margin", "0.5")
+    assert code == 0
+    assert said.startswith("The head map holds: ")
+    assert said.rstrip().endswith(f"{first.in_use[:12]} stays in use.")
+    before = len(list(Store(store).refs("heads")))
+    again = run_refresh(load_settings(folder / "my.yaml"), store=store, margin=0.5)
+    assert (again.number, again.in_use) == (3, first.in_use)
+    assert len(list(Store(store).refs("heads"))) == before + 2
+    json.dumps(again.as_json())
+
+
+def test_a_map_that_drifted_gives_way_to_the_mean_of_todays_draws(folder, first):
+    store = folder / "artifacts"
+    base = next(iter(Store(store).refs("heads"))).manifest.inputs["base"]["sha256"]
+    upside_down = write_settings(folder, "options: {}").read_text().replace("frobenius", "bottom")
+    (folder / "bottom.yaml").write_text(upside_down)
+    write_settings(folder)
+    worst = run_adapt(load_settings(folder / "bottom.yaml"), store=store).artifacts["heads"]
+    put_in_use(store, base, "target", InUse(Path(worst).name, "2026-01-01", "by hand", 7))
+
+    before = {ref.key for ref in Store(store).refs("heads")}
+    done = run_refresh(load_settings(folder / "my.yaml"), store=store, margin=0.1)
+    assert done.drift is not None
+    assert done.drift.has_drifted
+    assert done.sentence.endswith("the mean of today's draws, takes its place.")
+    made = [ref for ref in Store(store).refs("heads") if ref.key not in before]
+    (mean,) = (ref for ref in made if ref.key == done.in_use)
+    draws = [read_head_map(ref.path / "heads.parquet").scores for ref in made if ref != mean]
+    found = read_head_map(mean.path / "heads.parquet").scores
+    assert found.equal(mean_of_draws(draws)) or found.equal(mean_of_draws(draws[::-1]))
+    now = head_map_in_use(store, base, "target")
+    assert now is not None
+    assert (now.key, now.refreshes) == (mean.key, 8)
+    assert "had drifted" in now.why
+
+
+def test_a_target_without_samples_to_draw_anew_is_refused_before_anything_starts(tmp_path):
+    write_world(tmp_path, seed=5)
+    settings = load_settings(write_settings(tmp_path, limit=30))
+    with pytest.raises(DataError, match="no other proxy set can be drawn"):
+        run_refresh(settings, store=tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts" / "samples").exists()

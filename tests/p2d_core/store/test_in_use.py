@@ -1,0 +1,40 @@
+"""Which head map is in use."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from p2d_core.errors import ArtifactError
+from p2d_core.store.in_use import FILE, InUse, head_map_in_use, keys_in_use, put_in_use
+
+BASE = "b" * 64
+
+
+def test_each_base_and_target_has_its_own(tmp_path):
+    put_in_use(tmp_path, BASE, "math", InUse("k1", "2026-01-01", "first", 1))
+    put_in_use(tmp_path, BASE, "code", InUse("k2", "2026-01-02", "first", 1))
+    put_in_use(tmp_path, "c" * 64, "math", InUse("k3", "2026-01-03", "first", 1))
+    put_in_use(tmp_path, BASE, "math", InUse("k4", "2026-01-04", "k1 had drifted", 2))
+    assert head_map_in_use(tmp_path, BASE, "math") == InUse("k4", "2026-01-04", "k1 had drifted", 2)
+    assert head_map_in_use(tmp_path, BASE, "law") is None
+    assert keys_in_use(tmp_path) == {"k2", "k3", "k4"}
+
+
+def test_none_is_in_use_in_a_new_store(tmp_path):
+    assert keys_in_use(tmp_path) == set()
+
+
+def test_many_at_once_lose_nothing(tmp_path):
+    def put(i: int) -> None:
+        put_in_use(tmp_path, BASE, f"target {i}", InUse(f"k{i}", "2026-01-01", "first"))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(40)))
+    assert keys_in_use(tmp_path) == {f"k{i}" for i in range(40)}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"key": "k"}}', "{"])
+def test_a_file_that_says_nothing_is_named_with_the_cure(tmp_path, content):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ArtifactError, match=r"heads_in_use\.json .* Delete it"):
+        keys_in_use(tmp_path)
