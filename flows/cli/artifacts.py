@@ -169,8 +169,9 @@ def gc(
     """Remove leftovers of killed runs, and artifacts that no recent run and no registered model
     needs.
 
-    A registered model keeps its adapter, head map, subset and all that those were made from. While
-    a run is in progress, or when MLflow does not answer, nothing is removed.
+    A registered model keeps its adapter, head map, subset and all that those were made from; a head
+    map in use stays too. While a run is in progress, or when MLflow does not answer, nothing is
+    removed.
 
     Example: [bold]p2d artifacts gc --keep 3 --keep-days 30 --dry-run[/bold]
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2d_core.errors import ArtifactError
+from p2d_core.store.in_use import keys_in_use
 from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.runs import read_summary, run_files
 from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable
@@ -37,8 +38,8 @@ def unneeded(
     """What `remove` may take away; nothing is touched here.
 
     Kept is every artifact that a run to be kept made, or names with all that it was made from;
-    every registered one, with all that it was made from; and what a run that has not ended made
-    within the last day. In a store without any run's summary no whole artifact is removed: nothing
+    every registered one and every head map in use, with all that they were made from; and what a
+    run that has not ended made within the last day. In a store without any run's summary no whole artifact is removed: nothing
     says what is needed.
 
     Args:
@@ -48,7 +49,8 @@ def unneeded(
             registered models; one that is not in this store is passed over.
 
     Raises:
-        ArtifactError: the summary of a run to be kept cannot be read.
+        ArtifactError: the summary of a run to be kept cannot be read, or which head maps are in
+            use.
     """
     removals = [
         Removal(folder, "left over: damaged, or its maker was killed", bytes_of(folder))
@@ -70,8 +72,8 @@ def unneeded(
     kept_runs = [
         run for place, run in enumerate(runs) if place < keep_runs or _age(run) < keep_days * DAY
     ]
-    named = [*registered, *(key for run in kept_runs for key in _keys_named(run))]
-    needed = _with_lineage(refs, named)
+    named_by_runs = {key for run in kept_runs for key in _keys_named(run)}
+    needed = _with_lineage(refs, {*registered, *keys_in_use(store.root), *named_by_runs})
     kept = {run.stem for run in kept_runs}
     ended = {run.stem for run in runs}
 
@@ -80,7 +82,10 @@ def unneeded(
         unended = maker not in ended and _age(ref.path) < UNENDED
         return ref.key in needed or maker in kept or unended
 
-    why = f"no part of the {len(kept_runs)} runs to be kept, nor of a registered model"
+    why = (
+        f"no part of the {len(kept_runs)} runs to be kept, nor of a registered model or a head map "
+        "in use"
+    )
     return removals + [
         Removal(ref.path, why, bytes_of(ref.path)) for ref in refs.values() if not is_needed(ref)
     ]
