@@ -177,7 +177,7 @@ def gc(
     """
     from flows.killed import between_runs
     from flows.registered import registered_keys
-    from p2d_core.store.gc import remove, unneeded
+    from p2d_core.store.gc import COMPARISON, remove, unneeded
     from p2d_core.store.runs import run_files
 
     here = existing_store(store)
@@ -193,7 +193,7 @@ def gc(
             typer.echo(f"{'would remove' if dry_run else 'removed'} {name}: {removal.why}")
     what = "would be freed" if dry_run else "freed"
     typer.echo(f"{gone} folders, {size_text(freed)} {what} ({freed:,} bytes) in {here.root}")
-    if not run_files(here) and next(here.refs(), None) is not None:
+    if not run_files(here) and not any(here.refs(COMPARISON)) and any(here.refs()):
         typer.echo("No run has ended in this store yet, so every whole artifact stays.")
     if not dry_run and gone < len(removals):
         raise ArtifactError(

@@ -2,17 +2,20 @@
 
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from p2d_core.errors import ArtifactError
 from p2d_core.store.in_use import keys_in_use
 from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.runs import read_summary, run_files
-from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable
+from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable, strings_in
 
 DAY = 24 * 3600.0
+COMPARISON = "comparison"
+"""Stage whose artifact is what a comparison says of itself; it has no summary among the runs."""
 UNENDED = DAY
 """Seconds for which the artifacts of a run without a summary count as needed."""
 ABANDONED = 7 * DAY
@@ -39,8 +42,8 @@ def unneeded(
 
     Kept is every artifact that a run to be kept made, or names with all that it was made from;
     every registered one and every head map in use, with all that they were made from; and what a
-    run that has not ended made within the last day. In a store without any run's summary no whole artifact is removed: nothing
-    says what is needed.
+    run that has not ended made within the last day. A comparison counts as a run. In a store in
+    which no run has ended no whole artifact is removed: nothing says what is needed.
 
     Args:
         keep_runs: the newest so many runs are kept,
@@ -61,21 +64,26 @@ def unneeded(
         Removal(folder, "checkpoints that nothing goes on from", bytes_of(folder))
         for folder in _stale_scratch(store)
     ]
-    runs = run_files(store)
+    whole: list[ArtifactRef] = []
+    damaged: list[ArtifactRef] = []
+    for ref in store.refs():
+        (whole if readable(ref) else damaged).append(ref)
+    runs = _runs(store, whole)
     if not runs:
         return removals
-    refs = {ref.key: ref for ref in store.refs()}
-    damaged = [ref for ref in refs.values() if not readable(ref)]
-    for ref in damaged:
-        del refs[ref.key]
-        removals.append(Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)))
-    kept_runs = [
-        run for place, run in enumerate(runs) if place < keep_runs or _age(run) < keep_days * DAY
+    removals += [
+        Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)) for ref in damaged
     ]
-    named_by_runs = {key for run in kept_runs for key in _keys_named(run)}
+    kept_runs = [
+        run
+        for place, run in enumerate(runs)
+        if place < keep_runs or _age(run.file) < keep_days * DAY
+    ]
+    named_by_runs = {key for run in kept_runs for key in run.named()}
+    refs = {ref.key: ref for ref in whole}
     needed = _with_lineage(refs, {*registered, *keys_in_use(store.root), *named_by_runs})
-    kept = {run.stem for run in kept_runs}
-    ended = {run.stem for run in runs}
+    kept = {run.id for run in kept_runs}
+    ended = {run.id for run in runs}
 
     def is_needed(ref: ArtifactRef) -> bool:
         maker = ref.manifest.run_id
@@ -87,7 +95,7 @@ def unneeded(
         "in use"
     )
     return removals + [
-        Removal(ref.path, why, bytes_of(ref.path)) for ref in refs.values() if not is_needed(ref)
+        Removal(ref.path, why, bytes_of(ref.path)) for ref in whole if not is_needed(ref)
     ]
 
 
@@ -109,6 +117,33 @@ def bytes_of(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One that has ended."""
+
+    id: str
+    file: Path
+    """Written when it ended."""
+    named: Callable[[], list[str]]
+    """Keys of the artifacts that it names."""
+
+
+def _runs(store: Store, refs: Iterable[ArtifactRef]) -> list[_Run]:
+    """Newest first."""
+    runs = [_Run(file.stem, file, partial(_keys_named, file)) for file in run_files(store)]
+    runs += [
+        _Run(ref.manifest.run_id, ref.path / MANIFEST, partial(_keys_compared, ref))
+        for ref in refs
+        if ref.stage == COMPARISON
+    ]
+    return sorted(runs, key=lambda run: run.file.stat().st_mtime_ns, reverse=True)
+
+
+def _keys_compared(ref: ArtifactRef) -> list[str]:
+    """A comparison and the artifacts of its arms, which stand in its settings."""
+    return [ref.key, *strings_in(ref.manifest.settings)]
 
 
 def _with_lineage(refs: Mapping[str, ArtifactRef], keys: Iterable[str]) -> set[str]:

@@ -138,6 +138,22 @@ def test_a_head_map_in_use_stays_with_all_it_was_made_from(store: Store):
     assert refs["heads"].path in {removal.path for removal in unneeded(store, keep_runs=0)}
 
 
+def test_a_comparison_counts_as_a_run_that_names_the_artifacts_of_its_arms(store: Store):
+    refs = fill(store, run_id="older")
+    old(keep_run(store, summary(refs, "older")), days=3)
+    arm = {"arm": "a", "artifacts": {"subset": refs["subset"].key}}
+    comparison = put(store, "comparison", {"verdict.json": "[]"}, run_id="compared", runs=[arm])
+    rest = put(store, "evaluation", {"f": "x"}, run_id="compared")
+    for ref in (comparison, rest):
+        old(ref.path / "manifest.json", days=2)
+        old(ref.path, days=2)
+    gone = {removal.path for removal in unneeded(store, keep_runs=1)}
+    assert gone == {refs["model"].path, refs["evaluation"].path}
+    keep_run(store, summary(refs, "newer"))
+    gone = {removal.path for removal in unneeded(store, keep_runs=1)}
+    assert gone == {comparison.path, rest.path}
+
+
 def test_when_it_cannot_be_read_which_head_maps_are_in_use_nothing_goes(store: Store):
     refs = fill(store, run_id="older")
     keep_run(store, summary(refs, "older"))
