@@ -1,0 +1,87 @@
+"""What Prefect's pages show, looked at in a real browser: form, flow run, report.
+
+Leaves screenshots in the tests' temporary folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.stack.test_stack import create, ended, parameters_of
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def look(stack, tmp_path_factory) -> Iterator[Callable[[str, str], str]]:
+    """Opens a page, waits for a text on it, and gives all its text."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    shots = tmp_path_factory.mktemp("prefect-pages")
+    password = base64.b64encode(f"admin:{stack.password}".encode()).decode()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.add_init_script(f"localStorage.setItem('prefect-password', '{password}')")
+
+        def look(path: str, awaited: str) -> str:
+            page.goto(stack.prefect_url.removesuffix("/api") + path)
+            page.get_by_text(awaited).first.wait_for(timeout=30_000)
+            # pictures and graphs come after the texts
+            page.wait_for_timeout(2000)
+            page.screenshot(path=shots / f"{path.strip('/').replace('/', '-')}.png")
+            return page.inner_text("body")
+
+        yield look
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def run(stack, deployed) -> str:
+    """Id of a completed run of the main job."""
+    nightly = deployed["adapt-nightly"]
+    made = create(stack, nightly, **parameters_of(stack, nightly)).raise_for_status().json()["id"]
+    assert ended(stack, made)["state"]["name"] == "Completed"
+    return str(made)
+
+
+def test_the_form_asks_for_the_head_map_first_and_explains_every_setting(look, deployed):
+    text = look(f"/deployments/deployment/{deployed['rerun-from-head-map']}/run", "Parameters")
+    wanted = [
+        "head_map", "Key of the head map", "fraction", "Share of the corpus to train on",
+        "settings", "What the run is called.", "Base", "Target", "Corpus", "Selection",
+        "From affinities to the subset.", "Share of the corpus that training sees.",
+    ]  # fmt: skip
+    places = [text.find(words) for words in wanted]
+    assert -1 not in places, dict(zip(wanted, places, strict=True))
+    assert places[:4] == sorted(places[:4])
+    assert text.index("head_map") < text.index("settings")
+
+
+def test_the_flow_run_says_target_and_day_and_shows_what_was_cached(look, stack, run):
+    name = f"my-domain on target, {_day(stack, run)}"
+    text = look(f"/runs/flow-run/{run}", name)
+    for words in ("Completed", "adapt-nightly", "p2d", "Finished in state Cached"):
+        assert words in text
+
+
+def test_the_report_is_an_artifact_with_summary_aer_head_map_and_links(look, stack, run):
+    with stack.prefect as api:
+        wanted = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"like_": "report%"}}}
+        (report,) = api.post("/artifacts/filter", json=wanted).raise_for_status().json()
+    assert report["type"] == "markdown"
+    text = look(f"/artifacts/artifact/{report['id']}", "AER")
+    for words in ("base model", "Task heads", "speedup", "MLflow", "layer 0"):
+        assert words in text, words
+
+
+def _day(stack, run: str) -> str:
+    with stack.prefect as api:
+        return str(api.get(f"/flow_runs/{run}").json()["start_time"])[:10]
