@@ -215,7 +215,7 @@ class TrackingSettings(_Settings):
     experiment: str = "p2d"
     """MLflow experiment."""
     uri: str | None = None
-    """MLflow server; SQLite and a folder in the store if empty."""
+    """MLflow server; if empty the one of MLFLOW_TRACKING_URI, else SQLite in the store."""
     tags: dict[str, str] = {}
     """Further tags of the run."""
 

@@ -114,7 +114,8 @@ def record_run(
         settings: as plain values; nested keys become ``heads.ranker`` and the like.
         refs: artifacts by the name that the run gives them (``model``, ``model_random``); those of
             ``summary.artifacts`` if empty.
-        uri: MLflow server; SQLite and a folder in the store if empty.
+        uri: MLflow server; if empty the one of MLFLOW_TRACKING_URI, and without it SQLite and a
+            folder in the store.
         tags: further tags.
 
     Returns:
@@ -125,7 +126,8 @@ def record_run(
         ServiceError: MLflow cannot be reached or refuses.
     """
     refs = refs if refs is not None else _refs_of(summary)
-    local = uri is None
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    local = not uri
     uri = uri or mlflow_uri(store)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
