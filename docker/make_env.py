@@ -1,6 +1,6 @@
 """Makes docker/.env: a random password for everything in compose.yaml that has one.
 
-    python3 docker/make_env.py DATA [--torch-index URL]
+    python3 docker/make_env.py DATA [--torch-index URL] [--file FILE]
 
 Only its owner can read the file; one that is there is never overwritten. Needs no package.
 """
@@ -27,7 +27,7 @@ SHARE_OF_MEMORY = 0.75
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with models, data files and settings")
-    parser.add_argument("--torch-index", default="", help="address of an index with torch for CPUs")
+    parser.add_argument("--torch-index", default="", help="take torch for CPUs from this index")
     parser.add_argument("--file", type=Path, default=ENV, help=f"where to write; {ENV} if left out")
     given = parser.parse_args()
     data = given.data.resolve()
@@ -38,6 +38,7 @@ def main() -> None:
     values = {name: secrets.token_hex(24) for name in PASSWORDS}
     values |= {
         "P2D_DATA": f"'{data}'",
+        "TORCH": "cpu" if given.torch_index else "cuda",
         "TORCH_INDEX": given.torch_index,
         "WORKER_CPUS": str(os.cpu_count()),
         "WORKER_MEMORY": f"{int(memory_bytes() * SHARE_OF_MEMORY / 2**20)}m",
