@@ -77,6 +77,7 @@ class Project:
             ":5000": f":{ports['mlflow']}",
             ":8080": f":{ports['worker']}",
             "0.0.0.0": "127.0.0.1",
+            "/opt/p2d/deployment.yaml": str(self.folder.parent / "deployment.yaml"),
             "/opt/p2d": str(ROOT),
             "/docker-entrypoint-initdb.d": str(self.folder / "postgres"),
             "/tmp/prefect": str(self.volumes / "tmp-prefect"),
