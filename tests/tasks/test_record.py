@@ -135,6 +135,16 @@ def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeyp
     assert (store.root / "runs" / "run-8.json").exists()
 
 
+def test_the_server_of_the_environment_is_taken_where_the_settings_name_none(
+    store, refs, tmp_path, monkeypatch
+):
+    """So a worker records where its team looks, whatever settings a deployment has."""
+    other, third = (f"sqlite:///{tmp_path}/{name}.db" for name in ("team", "settings"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    assert record_run(summary(refs), {}, store=store.root)["tracking_uri"] == other
+    assert record_run(summary(refs), {}, store=store.root, uri=third)["tracking_uri"] == third
+
+
 def test_a_locked_database_is_worth_another_try(store, refs, monkeypatch):
     def locked(*args: object) -> str:
         raise OperationalError("INSERT", {}, Exception("database is locked"))
