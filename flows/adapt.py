@@ -14,6 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
+from flows.planned import kept_plan
 from flows.report import make_summary, rerun_command
 from flows.settings import RunSettings, anchored
 from flows.stages import (
@@ -133,6 +134,7 @@ def adapt_to(
         evaluations,
     )
     summary.command = rerun_command(store, run_id, given)
+    summary.planned = kept_plan(store, settings, inputs, given.key if given else None)
     summary.seconds = time.perf_counter() - start
     done = record(summary, settings.model_dump(mode="json"), store=str(store))
     if (kept := _done.get()) is not None:

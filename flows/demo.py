@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from flows.adapt import run_adapt
-from flows.settings import parse_settings
+from flows.settings import RunSettings, parse_settings
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 from tasks.summary import Summary
 
@@ -19,10 +19,11 @@ def run_demo(store: Path, seed: int = 0) -> Summary:
 
     ``seed`` is that of the world, of every draw and of training; the base stays the same.
     """
-    folder = store / "demo" / f"seed-{seed}"
+    return run_adapt(demo_settings(store / "demo" / f"seed-{seed}", seed), store=store)
+
+
+def demo_settings(folder: Path, seed: int) -> RunSettings:
+    """Writes the world's files into a folder; the settings of a run on them."""
     write_world(folder, seed)
     values = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    return run_adapt(
-        parse_settings(values | {"base": str(BASE_FOLDER), "seed": seed}, folder / SETTINGS.name),
-        store=store,
-    )
+    return parse_settings(values | {"base": str(BASE_FOLDER), "seed": seed}, folder / SETTINGS.name)

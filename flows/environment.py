@@ -38,6 +38,12 @@ def prepare_environment(store: Path, *, verbose: bool = False) -> None:
             probe.write(b"p2d")
     except OSError as error:
         raise storage_error(error, store, "the store") or error from error
+    set_environment(store, verbose=verbose)
+
+
+def set_environment(store: Path, *, verbose: bool = False) -> None:
+    """The variables alone: for what writes no books. What the user has set stays."""
+    prefect = store.resolve() / "prefect"
     # Prefect logs every failure with its traceback; what a person has to know stands in the error
     quiet = "CRITICAL"
     defaults = {

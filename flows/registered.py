@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from p2d_core.errors import ArtifactError, ServiceError
 from p2d_core.store import Store
 from p2d_core.store.runs import read_summary, run_files
-from tasks.record import mlflow_uri, shown_uri
+from tasks.tracking.database import mlflow_uri, shown_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

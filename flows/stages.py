@@ -89,7 +89,8 @@ def read_data(run: Run) -> Data:
             kept_out=[ref for ref in (evaluation, retention) if ref is not None],
             include_target=settings.corpus.include_target,
         )
-        refuse_too_many_rejected(sources, settings.skip_bad_rows)
+        if not runtime.only_look:
+            refuse_too_many_rejected(sources, settings.skip_bad_rows)
         made += [target, corpus]
     return Data(target, corpus, evaluation or target, retention, tuple(sources))
 
@@ -220,6 +221,9 @@ def measure_corpus(
     runs_model: bool,
 ) -> list[ArtifactRef]:
     """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    if runtime.only_look:
+        pairs = zip(shards, passing, strict=True)
+        return [measure(runtime, shard=s, passing=p, **measured_with) for s, p in pairs]
     check_room_for(runtime, shards, passing, measured_with)
     if not runs_model:
         return measure_together(runtime, shards, passing, measured_with)
@@ -292,25 +296,36 @@ def other_arms(
     """What P2D is held against: random data of the same size, and everything."""
     arms = {}
     if run.settings.arms.random:
-        with run.ledger.stage("subset_random") as made:
-            by_chance = replace(run.inputs.selection, at_random=True)
-            subset = draw_subset(run.runtime, scores, data.corpus, by_chance)
-            made.append(subset)
-        arms["random"] = train(run, heads, subset, "random")
+        arms["random"] = train(run, heads, choose_at_random(run, data, scores), "random")
     if run.settings.arms.full == "measured":
-        with run.ledger.stage("model_full") as made:
-            arms["full"] = fine_tune(
-                run.runtime,
-                run.inputs.base,
-                samples=data.corpus,
-                adaptation=FULL,
-                task_heads=NO_HEADS,
-                training=run.inputs.full_training,
-                heads=None,
-                arm="full",
-            )
-            made.append(arms["full"])
+        arms["full"] = train_full(run, data)
     return arms
+
+
+def choose_at_random(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
+    """A subset of the same size, drawn by chance."""
+    with run.ledger.stage("subset_random") as made:
+        by_chance = replace(run.inputs.selection, at_random=True)
+        subset = draw_subset(run.runtime, scores, data.corpus, by_chance)
+        made.append(subset)
+    return subset
+
+
+def train_full(run: Run, data: Data) -> ArtifactRef:
+    """Full fine-tuning on the whole corpus."""
+    with run.ledger.stage("model_full") as made:
+        full = fine_tune(
+            run.runtime,
+            run.inputs.base,
+            samples=data.corpus,
+            adaptation=FULL,
+            task_heads=NO_HEADS,
+            training=run.inputs.full_training,
+            heads=None,
+            arm="full",
+        )
+        made.append(full)
+    return full
 
 
 def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:

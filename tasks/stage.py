@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 from prefect.serializers import JSONSerializer
@@ -24,8 +24,9 @@ from p2d_core.models import CapturedModel, model_hash, pick_device
 from p2d_core.samples.source import SourceSpec, content_hash
 from p2d_core.samples.tokens import TextFormat
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
-from p2d_core.store.manifest import faults
+from p2d_core.store.manifest import Manifest, faults
 from p2d_core.store.room import check_room, storage_error
+from p2d_core.store.store import readable
 from tasks.progress import progress_of
 from tasks.room import SMALL
 
@@ -44,6 +45,45 @@ class Runtime:
     checkpoint_seconds: float = 60
     skip_bad_rows: int = 0
     """A sample is one or is not, however many rows may be left out; more than this is an error."""
+    only_look: bool = False
+    """Nothing is made and Prefect not asked: a stage gives the artifact that is there, or says by a
+    `NotMade` that there is none."""
+
+
+class NotMadeError(Exception):
+    """What was to be read is of an artifact that is not made."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+class NotMade(ArtifactRef):
+    """An artifact that is not there; its key is known if that of all it is made from is."""
+
+    key: str = ""
+    location: str = ""
+    waits_for: str = ""
+    """The stage that has to be made before the key is known; empty if it is known."""
+
+    @property
+    def path(self) -> Path:
+        """Raises NotMadeError."""
+        raise NotMadeError(self.stage)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Raises NotMadeError."""
+        raise NotMadeError(self.stage)
+
+
+class StageTask(Task[..., ArtifactRef]):
+    """The task of a stage: Prefect's, but for `Runtime.only_look`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The artifact."""
+        runtime = kwargs["runtime"] if "runtime" in kwargs else args[0]
+        return self.fn(*args, **kwargs) if runtime.only_look else super().__call__(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -240,7 +280,7 @@ def stage(
     version: str = "1",
     outside_key: tuple[str, ...] = (),
     room: Callable[..., int] = lambda **inputs: SMALL,
-) -> Callable[[Callable[..., None]], Task[..., ArtifactRef]]:
+) -> Callable[[Callable[..., None]], StageTask]:
     """Turns ``build(making, runtime, **inputs)`` into a Prefect task that returns an ArtifactRef.
 
     The recipe is made of all inputs but ``runtime`` and those named in ``outside_key``: artifacts
@@ -249,7 +289,7 @@ def stage(
     not start.
     """
 
-    def wrap(build: Callable[..., None]) -> Task[..., ArtifactRef]:
+    def wrap(build: Callable[..., None]) -> StageTask:
         signature = inspect.signature(build)
 
         def recipe_of(inputs: Mapping[str, Any]) -> Recipe:
@@ -267,6 +307,8 @@ def stage(
             bound.apply_defaults()
             runtime: Runtime = bound.arguments["runtime"]
             store = Store(Path(runtime.store))
+            if runtime.only_look:
+                return _looked_up(store, name, recipe_of, bound.arguments)
 
             def make(making: Making) -> None:
                 check_room(store.root, room(**bound.arguments), f"the stage {name}")
@@ -283,7 +325,7 @@ def stage(
         parameters = [p for n, p in signature.parameters.items() if n != "making"]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {"return": ArtifactRef}
-        made = task(
+        return StageTask(
             run,
             name=name,
             task_run_name=lambda parameters: shown_name(name, parameters),
@@ -294,9 +336,24 @@ def stage(
             persist_result=True,
             result_serializer=StoredResult(),
         )
-        return made
 
     return wrap
+
+
+def _looked_up(
+    store: Store,
+    stage: str,
+    recipe_of: Callable[[Mapping[str, Any]], Recipe],
+    inputs: Mapping[str, Any],
+) -> ArtifactRef:
+    """The artifact if its manifest is there; files are not looked at."""
+    for value in inputs.values():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, NotMade) and not part.key:
+                return NotMade(stage=stage, waits_for=part.waits_for)
+    key = recipe_of(inputs).key
+    ref = ArtifactRef(stage=stage, key=key, location=str(store.path(stage, key)))
+    return ref if readable(ref) else NotMade(stage=stage, key=key)
 
 
 def shown_name(stage: str, inputs: Mapping[str, Any]) -> str:

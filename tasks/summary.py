@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from tasks.planned import Plan
+
 ARMS = ("base", "p2d", "proxy", "random", "full")
 """What P2D is compared with, and itself, in the order of display."""
 
@@ -146,6 +148,8 @@ class Summary(BaseModel):
     """Path of the report: one HTML file with all of it."""
     seconds: float = 0.0
     """Wall seconds of the whole run."""
+    planned: Plan | None = None
+    """What `p2d plan` said of such a run, if it was asked."""
 
     def to_json(self) -> str:
         """Indented JSON."""

@@ -17,6 +17,7 @@ from flows.cli import (
     doctor,
     explain,
     heads,
+    plan,
     sql,
     ui,
     worker,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(adapt.adapt)
+app.command()(plan.plan)
 app.command()(compare.compare)
 app.command()(config.config)
 app.command()(ui.ui)

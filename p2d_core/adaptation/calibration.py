@@ -63,6 +63,6 @@ def calibrate_full(
         if progress is not None:
             progress(step + 1, UNTIMED_STEPS + steps)
     timed = seconds[UNTIMED_STEPS:]
-    total = math.ceil(math.ceil(n_corpus / spec.batch_size) * spec.epochs)
+    total = spec.steps(n_corpus)
     error = statistics.stdev(timed) / math.sqrt(len(timed)) if len(timed) > 1 else 0.0
     return Reference("calibrated", statistics.fmean(timed) * total, error * total)

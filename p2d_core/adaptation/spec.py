@@ -1,5 +1,6 @@
 """How to train: what proxy runs, arms and full fine-tuning are told alike."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,3 +17,7 @@ class TrainingSpec:
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; then it falls as a cosine to 0."""
     seed: int = 0
+
+    def steps(self, n_samples: int) -> int:
+        """How many steps the training takes; the last of a pass may have fewer samples."""
+        return max(1, math.ceil(math.ceil(n_samples / self.batch_size) * self.epochs))

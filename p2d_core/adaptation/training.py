@@ -145,7 +145,7 @@ def train(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("the adaptation leaves no parameter to train. Raise heads.fraction.")
     steps_an_epoch = math.ceil(len(encoded) / spec.batch_size)
-    steps = max(1, math.ceil(steps_an_epoch * spec.epochs))
+    steps = spec.steps(len(encoded))
     arguments = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=spec.batch_size,

@@ -17,7 +17,7 @@ from flows.cli.main import app
 from flows.killed import noted
 from p2d_core.errors import ArtifactError, ServiceError
 from p2d_core.store import ArtifactRef, Store
-from tasks.record import mlflow_uri, prepare_tracking
+from tasks.tracking.database import mlflow_uri, prepare_tracking
 from tests.small_store import fill, keep_run, put, summary
 
 DAY = 24 * 3600

@@ -1,0 +1,470 @@
+"""Times a few steps of what each stage will do, with the functions that will do it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from flows.inputs import Inputs
+from flows.preview import Preview
+from flows.timing import FIRST, LEAST_STEPS, Budget, stopwatch, time_parts, time_steps
+from p2d_core.adaptation.adaptations import (
+    Attention,
+    Full,
+    adaptations,
+    adapted,
+    attention_slices,
+)
+from p2d_core.adaptation.calibration import calibrate_full
+from p2d_core.adaptation.masked import attach_head_deltas
+from p2d_core.adaptation.slices import TunedSlices
+from p2d_core.adaptation.spec import TrainingSpec
+from p2d_core.affinity import Target
+from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
+from p2d_core.affinity.scoring import passing_ids, score_corpus
+from p2d_core.attention.layout import attention_layers, slices_of
+from p2d_core.errors import P2DError
+from p2d_core.evaluation.evaluate import evaluate
+from p2d_core.heads.head_map import HEADS, HeadMap
+from p2d_core.heads.picture import draw
+from p2d_core.heads.ranking import RankingEvidence, rankers
+from p2d_core.models import load_model
+from p2d_core.planning import Estimate, guess
+from p2d_core.progress import Progress
+from p2d_core.samples.schema import Sample, from_table, to_table
+from p2d_core.samples.shards import TARGET_ROWS
+from p2d_core.selection.subset import SUBSET, SelectionSpec, select_subset
+from tasks.measurements import NO_TARGET, scorer_step
+from tasks.stage import Runtime
+
+PROBED, PROBE_SECONDS = 16, 0.5
+"""Tokens of a first pass; if it takes less, a whole sample's are tried, too."""
+BACKWARD = 3
+"""A training step over a forward pass."""
+GENERATED = 16
+"""A token that is generated over one that passes with others."""
+LEAST_CHOSEN = 32
+"""Samples whose lengths may stand for a subset's."""
+WORTH_LOADING_AGAIN = 0.05
+"""Of the time there is: a model that loads in less is loaded twice, the first time takes longer."""
+
+
+class Rehearsal:
+    """One model, and the stages of a run tried on it in their order.
+
+    What a process does for the first time (imports, the first load) then falls to the same stage
+    as in the run. The weights stay as they are: trainings have a learning rate of 0.
+    """
+
+    def __init__(
+        self, inputs: Inputs, runtime: Runtime, data: Preview, folder: Path, budget: Budget
+    ) -> None:
+        self.inputs, self.runtime, self.data = inputs, runtime, data
+        self.folder, self.budget = folder, budget
+        # one of its own: the process may keep the other for a run
+        self.captured = replace(inputs.base.captured(runtime))
+        self.heads: HeadMap | None = None
+        """As it was ranked; heads drawn at random stand for it until then."""
+        self.kept: Path | None = None
+        """What the adaptation keeps, for evaluation."""
+        self.chosen: list[Sample] = []
+        """Samples of the subset, or what stands for them."""
+        self.passing: dict[int, float] = {}
+        """By step of the scorer, the share of the corpus that its gates let pass."""
+        self._loaded: dict[str, Any] = {}
+        self._load_seconds: list[float] = []
+        self._loads = 0
+        self._token_seconds = 0.0
+        self._captured_is_paid = False
+        self._scores: Path | None = None
+        self._shard = folder / "shard.parquet"
+        pq.write_table(to_table(data.drawn), self._shard, compression="zstd")
+        self.bytes = 0.0
+        """That samples, measurements and scores would take."""
+        self._count(self._shard, 2 * data.corpus / len(data.drawn))  # as read, and in the corpus
+
+    def proxy(self) -> Estimate:
+        """All attention projections, tuned on the proxy set."""
+        model = self._model("float32")
+        Attention().attach(model, attention_layers(model), None, self.inputs.base.folder)
+        tuned = self._tuned(model, self.inputs.proxy_training)
+        self._at_rest(model)
+        return self.load() + tuned
+
+    def ranking(self) -> Estimate:
+        """The heads, by slices that have not moved: the cost is the same."""
+        load = self.captured_load()
+        captured, plugin = self.captured, self.inputs.ranker
+        with stopwatch() as before:
+            evidence = RankingEvidence(
+                model=captured.model,
+                layers=captured.layers,
+                proxy=attention_slices(captured.model, captured.layers),
+                samples=captured.encode(self.data.target.proxy),
+                pad_id=captured.pad_id,
+            )
+        ranker = rankers.make(plugin.name, plugin.options)
+        ranked = time_steps(
+            lambda tell: ranker.rank(replace(evidence, progress=tell)), self.budget.share
+        )
+        return load + before.estimate + ranked.all + self.picture()
+
+    def picture(self) -> Estimate:
+        """The head map as it is kept."""
+        with stopwatch() as drawn:
+            pq.write_table(self.head_map.to_table(), self.folder / HEADS)
+            draw(self.head_map, self.folder / "heads.png", self.inputs.ranker.name)
+        return drawn.estimate
+
+    def head_proxy(self, include_kv: bool) -> Estimate:
+        """The task heads alone, tuned on the proxy set."""
+        model = self._model(self.inputs.base.precision)
+        with stopwatch() as before:
+            heads = self.head_map.task_heads
+            deltas = attach_head_deltas(
+                model, attention_layers(model), heads, include_kv=include_kv
+            )
+        tuned = self._tuned(model, self.inputs.head_proxy_training)
+        deltas.detach(merge=False)
+        self._at_rest(model)
+        return self.load() + before.estimate + tuned
+
+    def measuring(self, step: int, rows: float) -> Estimate:
+        """``rows`` samples, in shards, in one step of the scorer."""
+        one = scorer_step(self.inputs.scorer, step).scorer
+        load = self.captured_load() if one.runs_model else Estimate()
+        model = self._captured(tuned=one.needs_head_proxy)
+        heads = self.head_map if one.needs_heads else None
+        drawn = self.data.drawn
+        if step and self._scores is not None:
+            passed = passing_ids(self._scores, 0)
+            drawn = [sample for sample in drawn if sample.sample_id in passed] or drawn
+        proxy = self.data.target.proxy
+        state: dict[str, Any] = {}
+
+        def prepare(size: int) -> None:
+            known = Target(proxy[:size], self.data.target.held_out[:size])
+            state["made"] = one.prepare(model, heads, known if one.measures_target else NO_TARGET)
+            state["size"] = size
+
+        def work(size: int) -> None:
+            measured = measure_shard(one, model, state["made"], drawn[:size])
+            pq.write_table(measured, self.folder / f"{step}-{MEASURED}", compression="zstd")
+            pq.write_table(to_table(drawn[:size]), self.folder / f"{step}-shard.parquet")
+
+        passes = 1.0 if one.runs_model else 0.0
+        n_proxy, back = (len(proxy), BACKWARD * passes) if one.measures_target else (1, 0.0)
+        prepared = self._parts(prepare, n_proxy, n_proxy, share=0.2, passes=back)
+        if not state:
+            return load + prepared + self._unseen(rows)
+        with stopwatch() as again:  # some keep what they prepare for the next shard
+            prepare(state["size"])
+        available = min(len(drawn), TARGET_ROWS)
+        measured = self._parts(work, available, rows, share=0.7, passes=passes)
+        if (file := self.folder / f"{step}-{MEASURED}").exists():
+            self._count(file, rows / max(1, pq.ParquetFile(file).metadata.num_rows))
+        return load + prepared + again.estimate.times(rows / TARGET_ROWS) + measured
+
+    def scoring(self, step: int, rows: int) -> Estimate:
+        """Affinities of ``rows`` samples."""
+        one = scorer_step(self.inputs.scorer, step)
+        load = self.captured_load() if one.scorer.runs_model else Estimate()
+        model = self._captured(tuned=one.scorer.needs_head_proxy)
+        heads = self.head_map if one.scorer.needs_heads else None
+        proxy, held_out = self.data.target.proxy, self.data.target.held_out
+        state: dict[str, Any] = {}
+
+        def prepare(size: int) -> None:
+            state["made"] = one.scorer.prepare(model, heads, Target(proxy[:size], held_out[:size]))
+
+        most = max(len(proxy), len(held_out))
+        passes = 1.0 if one.scorer.runs_model else 0.0
+        prepared = self._parts(prepare, most, most, share=0.8, passes=passes)
+        measured = self.folder / f"{step}-{MEASURED}"
+        if not measured.exists():  # those of the run are there already: a few will do
+            self.measuring(step, 0)
+        shard, file = self.folder / f"{step}-shard.parquet", self.folder / f"{step}-scores.parquet"
+        if "made" not in state or not measured.exists():
+            return load + prepared
+        with stopwatch() as scored:
+            corpus = MeasuredCorpus([(shard, measured)])
+            outcome = score_corpus(one, state["made"], corpus, file, previous=self._scores)
+        self._scores = file
+        self._count(file, rows / max(1, outcome.rows))
+        self.passing[step] = max(1, outcome.passed) / max(1, outcome.rows)
+        return load + prepared + scored.estimate.times(rows / max(1, outcome.rows))
+
+    def selecting(self, selection: SelectionSpec, rows: int) -> Estimate:
+        """A subset; what was drawn from the samples at hand stands for it in `training`."""
+        folder = self.folder / "subset"
+        folder.mkdir(exist_ok=True)
+        # of so few samples no such subset may be drawn; it will be like the proxy samples
+        self.chosen = self.data.target.proxy
+        scores, shard = self._scores, self._shard
+        if scores is None:
+            return Estimate()
+        lengths = [each.n_response for each in self.captured.encode(self.data.target.proxy)]
+        with stopwatch() as read:
+            pq.read_table(shard)
+        with stopwatch() as selected, suppress(P2DError):
+            select_subset(scores, [shard], lengths, selection, folder)
+            chosen = from_table(pq.read_table(folder / SUBSET))
+            if len(chosen) >= LEAST_CHOSEN:
+                self.chosen = chosen
+        return selected.estimate + read.estimate.times(max(0, rows / len(self.data.drawn) - 1))
+
+    def training(self, chosen: Sequence[Sample], n: int) -> Estimate:
+        """The adaptation on ``n`` samples, of which ``chosen`` are some."""
+        plugin = adaptations.make(self.inputs.adaptation.name, self.inputs.adaptation.options)
+        model = self._model("float32" if plugin.moves_weights else self.inputs.base.precision)
+        heads = self.head_map if plugin.needs_heads else None
+        with stopwatch() as before:
+            attached = plugin.attach(model, attention_layers(model), heads, self.inputs.base.folder)
+        trained = self._trained(attached.model, chosen, n, self.inputs.training)
+        self.kept = self.folder / "kept"
+        self.kept.mkdir(exist_ok=True)
+        with stopwatch() as kept:
+            attached.keep(self.kept)
+        if attached.model is not model:
+            self._forget()
+        self._at_rest(model)
+        return self.load() + before.estimate + trained + kept.estimate
+
+    def full(self) -> Estimate:
+        """Full fine-tuning on the whole corpus, as it is run."""
+        model = self._model("float32")
+        Full().attach(model, attention_layers(model), None, self.inputs.base.folder)
+        trained = self._trained(model, self.data.drawn, self.data.corpus, self.inputs.full_training)
+        self._at_rest(model)
+        return self.load() + trained
+
+    def calibration(self, steps: int) -> tuple[Estimate, Estimate]:
+        """What timing full fine-tuning takes, and what full fine-tuning is found to take."""
+        model = self._model("float32")
+        spec = replace(self.inputs.full_training, learning_rate=0.0)
+        encoded, encoding = self._encoded(self.data.drawn, len(self.data.drawn))
+        size, scale = self._batch(spec.batch_size)
+        all_steps = spec.steps(self.data.corpus)
+        if not size:
+            step = self._unseen(BACKWARD * spec.batch_size)
+            return self.load() + step.times(steps), step.times(all_steps)
+
+        def run(tell: Progress) -> None:
+            calibrate_full(
+                model,
+                encoded,
+                replace(spec, batch_size=size),
+                pad_id=self.captured.pad_id,
+                n_corpus=self.data.corpus,
+                steps=steps,
+                mixed_precision=self._mixed,
+                progress=tell,
+            )
+
+        timed = time_steps(run, self.budget.share)
+        self._at_rest(model)
+        before = self.load() + Estimate(self.data.seconds_to_read) + encoding
+        return before + timed.all.times(scale), timed.step.times(scale * all_steps)
+
+    def evaluating(self, samples: Sequence[Sample], *, adapter: bool) -> Estimate:
+        """A model on evaluation samples, without loading it; with what `training` kept or not."""
+        self._captured(tuned=False)
+        model = self.captured.model
+        with stopwatch() as attached:
+            if adapter and self.kept is not None:
+                model = adapted(model, self.kept)
+
+        def work(size: int) -> None:
+            evaluate(
+                model,
+                self.captured.encoder,
+                samples[:size],
+                self.inputs.evaluating,
+                device=self.captured.device,
+                tokens_per_batch=self.runtime.tokens_per_batch,
+            )
+
+        passes = 1.0 + GENERATED * (self.inputs.evaluating.metric == "exact_match")
+        timed = self._parts(work, len(samples), len(samples), passes=passes)
+        if adapter:
+            self._forget()
+        return attached.estimate + timed
+
+    def load(self) -> Estimate:
+        """What the next load of the base takes: the first of the process, or a later one."""
+        self._model(self.inputs.base.precision)
+        self._loads += 1
+        return Estimate(self._load_seconds[0 if self._loads == 1 else -1])
+
+    def captured_load(self) -> Estimate:
+        """Of the one that ranking, scoring and evaluation share: whoever comes first pays."""
+        self._captured(tuned=False)
+        if self._captured_is_paid:
+            return Estimate()
+        self._captured_is_paid = True
+        return self.load()
+
+    @property
+    def head_map(self) -> HeadMap:
+        """The run's, or one of as many heads drawn at random."""
+        if self.heads is None:
+            layers = self.captured.layers
+            scores = torch.rand(
+                len(layers), layers[0].n_query_heads, generator=torch.Generator().manual_seed(0)
+            )
+            self.heads = self.inputs.pick.of(scores, layers[0].n_kv_groups)
+        return self.heads
+
+    @cached_property
+    def tokens(self) -> float:
+        """Of a sample of the corpus, on average."""
+        return sum(len(each) for each in self.captured.encode(self.data.drawn)) / len(
+            self.data.drawn
+        )
+
+    @property
+    def _mixed(self) -> bool:
+        return self.inputs.base.precision == "bfloat16"
+
+    def _captured(self, *, tuned: bool) -> Any:
+        """The base; with the task heads' slices, as they are, where tuned ones will be used."""
+        self.captured.__dict__["model"] = self._model(self.inputs.base.precision)
+        if not tuned:
+            return self.captured
+        pieces = slices_of(self.captured.layers, self.head_map.task_heads)
+        slices = TunedSlices.from_model(self.captured.model, pieces)
+        model = replace(self.captured, tuned=slices)
+        model.__dict__.update({k: v for k, v in self.captured.__dict__.items() if k != "tuned"})
+        return model
+
+    def _parts(
+        self,
+        work: Callable[[int], object],
+        available: int,
+        items: float,
+        *,
+        share: float = 1.0,
+        passes: float = 1.0,
+    ) -> Estimate:
+        """`time_parts` within a share of the time; a model too slow for that is not begun with.
+
+        Args:
+            passes: forward passes that a sample takes, about.
+        """
+        seconds = share * self.budget.share
+        expected = passes * self.tokens * self._token_seconds if passes else 0.0
+        if expected > max(seconds, self.budget.left):
+            return self._unseen(passes * items)
+        first = max(1, min(FIRST, int(seconds / expected))) if expected else FIRST
+        return time_parts(work, available, items, seconds, first)
+
+    def _tuned(self, model: Any, spec: TrainingSpec) -> Estimate:
+        """On the proxy set, with the loss on the held-out samples before and after."""
+        captured, proxy = self.captured, self.data.target.proxy
+        held_out, encoding = self._encoded(
+            self.data.target.held_out, len(self.data.target.held_out)
+        )
+        losses = self._parts(
+            lambda size: captured.losses_of(model, held_out[:size]),
+            len(held_out),
+            len(held_out),
+            share=0.25,
+        )
+        trained = self._trained(model, proxy, len(proxy), spec)
+        return encoding + losses.times(2) + trained
+
+    def _trained(
+        self, model: Any, samples: Sequence[Sample], n: int, spec: TrainingSpec
+    ) -> Estimate:
+        """A training on ``n`` samples, from some steps on those at hand."""
+        with stopwatch() as imported:
+            from p2d_core.adaptation.training import train
+        encoded, encoding = self._encoded(samples, n)
+        steps = spec.steps(n)
+        size, scale = self._batch(spec.batch_size)
+        if not size:
+            trained = self._unseen(BACKWARD * spec.batch_size * steps)
+        else:
+            passes_over = steps / -(-len(encoded) // size)
+            timed = time_steps(
+                lambda tell: train(
+                    model,
+                    encoded,
+                    replace(spec, epochs=passes_over, batch_size=size, learning_rate=0.0),
+                    pad_id=self.captured.pad_id,
+                    scratch=self.folder / "training",
+                    checkpoint_seconds=float("inf"),
+                    mixed_precision=self._mixed,
+                    progress=tell,
+                ),
+                self.budget.share,
+            )
+            trained = timed.all.times(scale)
+        return imported.estimate + encoding + trained
+
+    def _batch(self, batch_size: int) -> tuple[int, float]:
+        """How many samples a step that is timed may have, and what that multiplies its time by."""
+        expected = BACKWARD * self.tokens * self._token_seconds
+        seconds = max(self.budget.share, self.budget.left / 4)
+        size = min(batch_size, int(seconds / (LEAST_STEPS * expected)))
+        return size, batch_size / max(1, size)
+
+    def _unseen(self, passes: float) -> Estimate:
+        """Of so many samples' forward passes, where none was timed."""
+        return guess(passes * self.tokens * self._token_seconds)
+
+    def _encoded(self, samples: Sequence[Sample], n: int) -> tuple[list[Any], Estimate]:
+        """Token ids, and what they take for ``n`` samples."""
+        with stopwatch() as encoding:
+            encoded = list(self.captured.encoder.encode_all(samples))
+        return encoded, encoding.estimate.times(n / max(1, len(samples)))
+
+    def _model(self, precision: str) -> Any:
+        """The base in that precision; loaded once, and kept until another is asked for."""
+        if precision not in self._loaded:
+            self._forget()
+            with stopwatch() as loading:
+                _ = self.captured.encoder
+                self._loaded[precision] = self._fresh(precision)
+            self._load_seconds.append(loading.seconds)
+            if loading.seconds < WORTH_LOADING_AGAIN * self.budget.seconds:
+                with stopwatch() as again:
+                    self._fresh(precision)
+                self._load_seconds.append(again.seconds)
+            self.captured.__dict__["model"] = self._loaded[precision]
+            self._probe(self._loaded[precision])
+        return self._loaded[precision]
+
+    def _probe(self, model: Any) -> None:
+        """What a forward pass takes a token, as a quick look has it: how much may be begun with."""
+        for length in (PROBED, max(PROBED, round(self.tokens))):
+            ids = torch.zeros((1, length), dtype=torch.long, device=self.captured.device)
+            with torch.inference_mode(), stopwatch() as passed:
+                model(input_ids=ids).logits.cpu()
+            self._token_seconds = passed.seconds / length
+            if passed.seconds > PROBE_SECONDS:
+                break
+
+    def _fresh(self, precision: str) -> Any:
+        model = load_model(Path(self.inputs.base.folder), precision, self.captured.device)
+        return model.requires_grad_(False)
+
+    def _count(self, file: Path, times: float) -> None:
+        self.bytes += file.stat().st_size * times
+
+    def _at_rest(self, model: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False).eval()
+
+    def _forget(self) -> None:
+        self._loaded.clear()
+        self.captured.__dict__.pop("model", None)
+        gc.collect()
