@@ -322,8 +322,8 @@ def _at_step(
             found[sample_id].looks.append(_told(choice, step, look, ranks))
             if look.heads is None and look.needs_heads:
                 found[sample_id].notes.append(
-                    f"{look.scorer} keeps no numbers of single heads: what each adds would need "
-                    "the model again."
+                    f"the affinity by {look.scorer} is no sum over heads: what it owes to each "
+                    "would need the model again, without that head."
                 )
     return found
 

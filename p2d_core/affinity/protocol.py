@@ -121,10 +121,11 @@ class Fitted(Protocol):
 class ByHead(Protocol):
     """A scorer whose affinities are sums over the task heads that it looks at."""
 
-    def head_parts(self, state: ScorerState, table: pa.Table) -> Tensor:
+    def head_parts(self, state: ScorerState, table: pa.Table) -> Tensor | None:
         """What each head adds to the affinity of each row, float64, ``[n, n_heads]``.
 
-        The heads are in the order of ``state["heads"]``; the state is fitted.
+        The heads are in the order of ``state["heads"]``; the state is fitted. None where a setting
+        makes the affinities something else than sums.
         """
         ...
 

@@ -149,9 +149,8 @@ def _tags(page: Page, refs: Mapping[str, ArtifactRef]) -> dict[str, str]:
     tags = {
         KIND: "adaptation",
         "arm": ARM_NAMES["p2d"],
-        "heads": f"{summary.heads.selected} of {summary.heads.total} "
-        f"({percent(summary.heads.selected, summary.heads.total)})",
-        "data": f"{summary.selection.selected:,} of {summary.selection.corpus:,} ({page.share})",
+        "heads": _out_of(summary.heads.selected, summary.heads.total),
+        "data": _out_of(summary.selection.selected, summary.selection.corpus),
         "AER parts": bar(summary.aer.stages, summary.aer.full_seconds),
         "reused": page.reused_text,
         "ranker": summary.heads.ranker,
@@ -187,8 +186,8 @@ def _metrics(page: Page) -> list[Metric]:
         "quality gain": _short(gain(quality, "base")),
         "retention": quality.retention.get("p2d"),
         "eval loss": quality.losses.get("p2d"),
-        "AER": _short(aer.cold),
-        "speedup": _short(aer.speedup),
+        "AER": round(aer.cold, 3),
+        "speedup": round(aer.speedup, 2),
         "parameters": summary.trainable.parameters,
         "training seconds": aer.stages.get("model"),
     }
@@ -263,6 +262,10 @@ def as_metrics(numbers: Mapping[str, float | None], curves: Curves) -> list[Metr
 def _short(value: float) -> float:
     """Four significant digits: what a cell of MLflow's table shows without being cut."""
     return float(f"{value:.4g}")
+
+
+def _out_of(part: int, whole: int) -> str:
+    return f"{part:,}/{whole:,} ({percent(part, whole)})"
 
 
 def _safe(name: str) -> str:

@@ -20,21 +20,23 @@ VIEW = "mlflow.sharedViewState."
 TABLE, ARMS, COMPARED = "p2d", "p2d-arms", "p2d-compared"
 
 COLUMNS = (
-    ("attributes.`User`", 65),
-    ("tags.`target`", 85),
-    ("tags.`base_model`", 95),
-    ("tags.`heads`", 115),
-    ("tags.`data`", 140),
-    ("metrics.`quality before`", 118),
-    ("metrics.`quality`", 70),
-    ("metrics.`quality gain`", 102),
-    ("metrics.`AER`", 62),
-    ("metrics.`speedup`", 78),
-    ("tags.`AER parts`", 165),
-    ("metrics.`parameters`", 92),
-    ("tags.`reused`", 110),
+    ("attributes.`User`", 60),
+    ("tags.`target`", 80),
+    ("tags.`base_model`", 90),
+    ("tags.`heads`", 112),
+    ("tags.`data`", 148),
+    ("metrics.`quality before`", 115),
+    ("metrics.`quality`", 68),
+    ("metrics.`quality gain`", 98),
+    ("metrics.`AER`", 76),
+    ("metrics.`speedup`", 76),
+    ("tags.`AER parts`", 140),
+    ("metrics.`parameters`", 95),
+    ("tags.`reused`", 100),
 )
-"""Of the adaptations: column, width in pixels."""
+"""Of the adaptations: column, width in pixels. All fit on a screen of 1,900."""
+FIRST_COLUMNS = (("attributes.`Run Name`", 165), ("runDateAndNestInfo", 135))
+"""Those that MLflow always shows: name, and when it was created."""
 ARM_CHARTS = (
     ("Quality of the arms", "BAR", "quality"),
     ("Quality of the arms", "BAR", "retention"),
@@ -110,12 +112,8 @@ def _note(experiment_id: str) -> str:
 
 def _views() -> dict[str, tuple[str, dict[str, Any]]]:
     columns = [name for name, _ in COLUMNS]
-    order = ["run_name", "attributes.`Created`", *columns]
-    table = {
-        "selectedColumns": columns,
-        "columnWidths": dict(COLUMNS),
-        "columnOrder": order,
-    }
+    widths = dict(FIRST_COLUMNS + COLUMNS)
+    table = {"selectedColumns": columns, "columnWidths": widths, "columnOrder": list(widths)}
     return {
         TABLE: ("P2D: adaptations", _state("adaptation") | table),
         ARMS: ("P2D: arms of adaptations", _state("arms") | _charts(ARM_CHARTS)),

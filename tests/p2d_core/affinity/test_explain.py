@@ -103,6 +103,22 @@ def test_what_heads_add_is_the_affinity(model, heads, compare, whiten, neighbour
     assert itself == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("bias", ["measured", "per-token"])
+@pytest.mark.parametrize("weigh_by_gain", [True, False])
+def test_what_heads_pay_in_context_adds_up_too(model, heads, bias, weigh_by_gain):
+    """But for a bias taken off in logarithms and then weighed by gain: that is a product."""
+    scorer = scorers.make("icl-attention", {"bias": bias, "weigh_by_gain": weigh_by_gain})
+    state, table, affinity = scored(scorer, model, heads, samples(12))
+    parts = scorer.head_parts(state, table)
+    if weigh_by_gain and bias == "measured":
+        assert parts is None
+    else:
+        assert parts.shape == (12, 3)
+        np.testing.assert_allclose(parts.sum(dim=1), affinity, rtol=1e-9, atol=1e-12)
+    ((look,), *_) = looks(scorer, state, table, {"affinity": affinity.tolist()}, nearest=1)
+    assert (look.heads is None) == (parts is None)
+
+
 def test_query_heads_of_one_kv_group_have_shares_of_their_own(model):
     """Heads 6 and 7 read the same keys and values, and put out what their own queries found."""
     scores = torch.zeros(3, 8, dtype=torch.float64)
