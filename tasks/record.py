@@ -25,7 +25,7 @@ from tasks.report.page import Page, gather
 from tasks.report.prefect import tell_prefect
 from tasks.stage import is_transient
 from tasks.summary import Summary
-from tasks.tracking import comparison, registry, run, views
+from tasks.tracking import comparison, drift, registry, run, views
 from tasks.tracking.database import address_of, prepare_tracking, quiet, server_of, shown_uri
 from tasks.tracking.registry import Gate
 
@@ -135,6 +135,35 @@ def record_comparison(
     ):
         own = comparison.write(client, where.experiment_id, made, run_id, tracking["tags"], folder)
         return recorded | {"run_id": own}
+
+
+@task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
+def record_drift(
+    series: str,
+    target: str,
+    step: int,
+    figures: Mapping[str, float],
+    note: str,
+    tags: Mapping[str, str],
+    tracking: Mapping[str, Any],
+    store: str,
+) -> str:
+    """Adds a look at a head map to MLflow's run of that map's drift.
+
+    Raises:
+        TransientError, ServiceError: as for `record_run`.
+    """
+    root = Path(store).resolve()
+    uri = tracking["uri"]
+    with (
+        _told(address_of(root, uri)),
+        _mlflow(root, tracking["experiment"], uri) as (client, where, _),
+    ):
+        title = f"head map drift: {target}"
+        every = {**tracking["tags"], **tags}
+        return drift.add_point(
+            client, where.experiment_id, series, title, step, figures, every, note
+        )
 
 
 @contextmanager
