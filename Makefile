@@ -27,7 +27,7 @@ slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
 
 stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; minutes
-	$(BIN)/pytest tests/stack -m stack --timeout 900
+	$(BIN)/pytest tests/stack tests/test_operations.py -m stack --timeout 900
 
 faults: $(INSTALLED)  ## every fault that is known to happen, for real; figures into docs/guarantees.md
 	$(BIN)/pytest tests/faults -m "" --timeout 3600

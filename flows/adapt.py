@@ -15,7 +15,7 @@ from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.planned import kept_plan
-from flows.report import make_summary
+from flows.report import make_summary, rerun_command
 from flows.settings import RunSettings, anchored
 from flows.stages import (
     IN_USE,
@@ -133,7 +133,8 @@ def adapt_to(
         models,
         evaluations,
     )
-    summary.planned = kept_plan(Path(store), settings, inputs, given.key if given else None)
+    summary.command = rerun_command(store, run_id, given)
+    summary.planned = kept_plan(store, settings, inputs, given.key if given else None)
     summary.seconds = time.perf_counter() - start
     done = record(summary, settings.model_dump(mode="json"), store=str(store))
     if (kept := _done.get()) is not None:

@@ -42,6 +42,7 @@ from p2d_core.store import ArtifactRef, Store
 from tasks.comparison import compare_arms
 from tasks.model import fine_tune
 from tasks.progress import progress_of
+from tasks.record import record_comparison
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ def run_arms(
         higher_is_better=HIGHER_IS_BETTER[metric],
         name=settings.name,
     )
+    record_comparison(done, run_id, settings.tracking.model_dump(mode="json"), store)
     if (kept := _done.get()) is not None:
         kept.append(done)
     return done

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from flows.environment import STARTED_BY
+from p2d_core.errors import ArtifactError
 from p2d_core.store.runs import remove_unfinished
 
 if TYPE_CHECKING:
@@ -68,9 +69,26 @@ def clear_killed(store: Path) -> None:
                 )
 
 
+@contextmanager
+def between_runs(store: Path) -> Iterator[None]:
+    """While its block runs, no run over this store is in progress, and none starts.
+
+    Raises:
+        ArtifactError: one is in progress.
+    """
+    with _alone(store):
+        running = [note for note in _all_notes(store) if note.exists() and not _is_free(note)]
+        if running:
+            raise ArtifactError(
+                f"run {running[0].name} is in progress, and what it needs is not known until it "
+                "ends. Nothing was removed: try again after it."
+            )
+        yield
+
+
 def killed_runs(store: Path) -> list[Path]:
     """Notes of runs whose process is gone."""
-    return [note for note in sorted(_notes(store, make=False).glob("[!.]*")) if _is_free(note)]
+    return [note for note in _all_notes(store) if _is_free(note)]
 
 
 def end_orphans(store: Path) -> None:
@@ -121,6 +139,10 @@ def _notes(store: Path, *, make: bool = True) -> Path:
     if make:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _all_notes(store: Path) -> list[Path]:
+    return sorted(_notes(store, make=False).glob("[!.]*"))
 
 
 @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from flows.inputs import Inputs, check_inputs, make_runtime
@@ -19,7 +23,10 @@ from p2d_core.heads.drift import Drift, drift
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import head_map_in_use, put_in_use
 from tasks.heads import average_heads, head_map_in
+from tasks.record import record_drift
 from tasks.samples import redraw_target
+
+log = logging.getLogger(__name__)
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 Draws = Annotated[int, Field(ge=2, le=10)]
@@ -100,11 +107,12 @@ def refresh_head_map(
     """
     folder = store_folder(store)
     if (begun := _begun.get()) is not None:
-        return look(settings, *begun, folder, margin, draws)
+        done = look(settings, *begun, folder, margin, draws)
+        return told(settings, begun[1], folder, done)
     settings = anchored(settings, Path.cwd())
     inputs = checked(settings, folder)
     with on_worker(folder) as run_id:
-        return look(settings, run_id, inputs, folder, margin, draws)
+        return told(settings, inputs, folder, look(settings, run_id, inputs, folder, margin, draws))
 
 
 def checked(settings: RunSettings, store: Path) -> Inputs:
@@ -139,6 +147,34 @@ def look(
         return Refresh(settings.name, name, heads.key, used.key, number, found)
     put_in_use(store, inputs.base.sha256, name, replace(used, refreshes=number))
     return Refresh(settings.name, name, used.key, used.key, number, found)
+
+
+def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> Refresh:
+    """What came of a look, in MLflow as a point of a series and in Prefect as an artifact."""
+    figures = {"drift/replaced": float(done.before not in (None, done.in_use))}
+    if (found := done.drift) is not None:
+        figures |= {
+            "drift/spearman": found.spearman,
+            "drift/overlap": found.overlap,
+            "drift/floor_spearman": found.floor_spearman,
+            "drift/floor_overlap": found.floor_overlap,
+            "drift/margin": found.margin,
+        }
+    record_drift(
+        series=f"{inputs.base.sha256[:16]} {re.sub(r'[^A-Za-z0-9_.-]', '_', done.target)}",
+        target=done.target,
+        step=done.number,
+        figures=figures,
+        note=done.sentence,
+        tags={"target": done.target, "base_model": Path(settings.base).name, "heads": done.in_use},
+        tracking=settings.tracking.model_dump(mode="json"),
+        store=str(store),
+    )
+    log.info(done.sentence)
+    # the work is done: a page about it must not make it fail
+    with suppress(Exception):
+        create_markdown_artifact(done.sentence, key="head-map-drift", description=done.target)
+    return done
 
 
 def fresh_maps(run: Run, target: ArtifactRef, number: int, draws: int) -> list[ArtifactRef]:

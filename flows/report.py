@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,15 @@ def make_summary(
         reused=[line.name for line in lines if line.reused],
         artifacts={name: os.path.relpath(ref.location) for name, ref in named.items()},
     )
+
+
+def rerun_command(store: Path, run_id: str, head_map: ArtifactRef | None) -> str:
+    """Runs it again, from the folder that it was started in, with the settings that it kept."""
+    here = os.path.relpath(store)
+    words = ["p2d", "adapt", f"{here}/runs/{run_id}.yaml"]
+    words += ["--store", here] if here != "artifacts" else []
+    words += ["--head-map", head_map.key] if head_map is not None else []
+    return shlex.join(words)
 
 
 def _heads(heads: ArtifactRef) -> HeadsSummary:

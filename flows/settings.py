@@ -215,9 +215,20 @@ class TrackingSettings(_Settings):
     experiment: str = "p2d"
     """MLflow experiment."""
     uri: str | None = None
-    """MLflow server; SQLite and a folder in the store if empty."""
+    """MLflow server; if empty MLFLOW_TRACKING_URI, or else SQLite and a folder in the store."""
     tags: dict[str, str] = {}
     """Further tags of the run."""
+
+
+class RegistrySettings(_Settings):
+    """The adapter as a version of a registered model in MLflow, and when it becomes champion."""
+
+    enabled: bool = True
+    """Register it; a run that made the same adapter again takes the version that there is."""
+    name: Annotated[str, Field(max_length=200, pattern=r"^[\w-][\w .-]*$|^$")] = ""
+    """Of the registered model; the run's name if empty."""
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """The champion has to be better than the base by this, in the metric's unit."""
 
 
 class Choice(_Settings):
@@ -283,6 +294,7 @@ class RunSettings(_Settings):
     training: TrainingSettings = TrainingSettings()
     arms: ArmsSettings = ArmsSettings()
     tracking: TrackingSettings = TrackingSettings()
+    registry: RegistrySettings = RegistrySettings()
     compare: CompareSettings = CompareSettings()
     seed: CountOrZero = 0
     """Of every draw and of training."""

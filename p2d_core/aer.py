@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
@@ -82,15 +83,32 @@ class Stopwatch:
     cost: Cost = field(default_factory=Cost)
 
 
+_of_thread = threading.local()
+
+
+@contextmanager
+def in_turn(lock: AbstractContextManager[Any]) -> Iterator[None]:
+    """Holds the lock. The seconds until it is free are no cost of who waits: who holds it pays."""
+    start = time.perf_counter()
+    with lock:
+        _of_thread.waited = _waited() + time.perf_counter() - start
+        yield
+
+
+def _waited() -> float:
+    """Seconds that this thread has waited for its turn."""
+    return float(getattr(_of_thread, "waited", 0.0))
+
+
 @contextmanager
 def measured() -> Iterator[Stopwatch]:
     """Measures what its block costs; the cost stands in ``cost`` of what it yields."""
     watch = Stopwatch()
-    start = time.perf_counter()
+    start = time.perf_counter() - _waited()
     try:
         yield watch
     finally:
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - _waited() - start
         watch.cost = Cost(
             wall_seconds=seconds,
             device_seconds=seconds,

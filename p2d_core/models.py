@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from p2d_core.adaptation.slices import TunedSlices
+from p2d_core.aer import in_turn
 from p2d_core.attention.layout import (
     AttentionLayer,
     all_heads,
@@ -442,7 +443,7 @@ class CapturedModel:
     @cached_property
     def model(self) -> Any:
         """The weights, on the device."""
-        with self._running:
+        with in_turn(self._running):
             if "model" not in self.__dict__:  # another thread was first
                 model = load_model(self.folder, self.precision, self.device)
                 self.__dict__["model"] = model.requires_grad_(False)
@@ -481,7 +482,7 @@ class CapturedModel:
 
         def of(positions: list[int]) -> Tensor:
             batch = collate([encoded[i] for i in positions], self.pad_id)
-            with self._running:
+            with in_turn(self._running):
                 return work(batch)
 
         return each_batch(encoded, self.budget, of)
@@ -492,7 +493,7 @@ class CapturedModel:
         if tuned and self.tuned is None:
             raise ValueError("this model was made without tuned slices")
         with (
-            self._running,
+            in_turn(self._running),
             self.tuned.applied(self.model) if tuned and self.tuned else nullcontext(),
         ):
             yield

@@ -1,101 +1,62 @@
-"""Records a run in MLflow: one MLflow run each, numbers, pictures, and the adapter as a model."""
+"""Records a run: its report as an HTML file, its page in MLflow, the adapter as a model version."""
 
 from __future__ import annotations
 
-import fcntl
-import getpass
-import json
 import logging
-import math
 import os
-import re
-import subprocess
+import shutil
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from p2d_core.errors import ServiceError, TransientError
 from p2d_core.store import ArtifactRef
-from p2d_core.store.runs import keep_summary
-from tasks.pictures import draw_pictures
+from p2d_core.store.runs import keep_file, keep_summary
+from tasks.report.html import as_html
+from tasks.report.markdown import as_note
+from tasks.report.page import Page, gather
+from tasks.report.prefect import tell_prefect
 from tasks.stage import is_transient
-from tasks.summary import ARMS, Summary
+from tasks.summary import Summary
+from tasks.tracking import comparison, drift, registry, run, views
+from tasks.tracking.database import address_of, prepare_tracking, quiet, server_of, shown_uri
+from tasks.tracking.registry import Gate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Experiment
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-LONGEST_PARAM = 6000
-CURVE_POINTS = 1000
+REPORT, SETTINGS = "report.html", "settings.yaml"
 
 
-def mlflow_uri(store: Path) -> str:
-    """Where runs are recorded when no server is named."""
-    return f"sqlite:///{store.resolve() / 'mlflow' / 'mlflow.db'}"
-
-
-def shown_uri(uri: str) -> str:
-    """A server's address without the name and password that may stand in it."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
-
-
-def prepare_tracking(store: Path) -> None:
-    """Makes the store's MLflow database if it has none; seconds the first time.
-
-    Its some fifty migrations run on a file of their own that then takes its place: quicker without
-    a sync after each, and a kill leaves no half-made database behind.
-    """
-    folder = store.resolve() / "mlflow"
-    database = folder / "mlflow.db"
-    locks = store.resolve() / ".locks"
-    for needed in (folder, locks):
-        needed.mkdir(parents=True, exist_ok=True)
-    with (locks / "mlflow").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # whoever drew these up held the lock, and was killed
-        for file in folder.glob(".mlflow-*"):
-            file.unlink()
-        if not database.exists():
-            _make_database(database)
-
-
-def _make_database(database: Path) -> None:
-    folder = database.parent
-    draft = folder / f".mlflow-{uuid.uuid4().hex[:8]}.db"
-    log.info("making %s: once for this store", database)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # importing it sets its loggers up, so they are quieted after that
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    with _quiet():
-
-        def without_sync(connection: Any, _: Any) -> None:
-            connection.execute("PRAGMA synchronous = OFF")
-
-        event.listen(Engine, "connect", without_sync)
-        try:
-            made = SqlAlchemyStore(f"sqlite:///{draft}", str(folder / "artifacts"))
-            made.engine.dispose()
-            with draft.open("rb") as stream:
-                os.fsync(stream.fileno())
-            draft.rename(database)
-        finally:
-            event.remove(Engine, "connect", without_sync)
-            for file in folder.glob(f"{draft.name}*"):
-                file.unlink(missing_ok=True)
+@task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
+def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary:
+    """Records the run in MLflow and writes ``runs/<run_id>.json``; every run is, reused or not."""
+    tracking, registered = settings["tracking"], settings.get("registry", {})
+    public = {**settings, "tracking": {**tracking, "uri": shown_uri(tracking["uri"] or "") or None}}
+    gate = Gate(registered["name"], registered["margin"]) if registered.get("enabled") else None
+    try:
+        summary.mlflow = record_run(
+            summary,
+            public,
+            store=Path(store),
+            experiment=tracking["experiment"],
+            uri=tracking["uri"],
+            tags=tracking["tags"],
+            gate=gate,
+        )
+    finally:
+        keep_summary(Path(store), summary.run_id, summary.to_json())
+    return summary
 
 
 def record_run(
@@ -107,15 +68,21 @@ def record_run(
     experiment: str = "p2d",
     uri: str | None = None,
     tags: Mapping[str, str] | None = None,
+    gate: Gate | None = None,
 ) -> dict[str, str]:
-    """Writes one MLflow run; what lies in the store stays there, only small files are copied.
+    """Writes the report and one MLflow run for each arm; only small files are copied.
+
+    The report lies in the store whether or not MLflow takes the rest; ``summary`` gets its path and
+    the model version.
 
     Args:
         settings: as plain values; nested keys become ``heads.ranker`` and the like.
         refs: artifacts by the name that the run gives them (``model``, ``model_random``); those of
             ``summary.artifacts`` if empty.
-        uri: MLflow server; SQLite and a folder in the store if empty.
+        uri: MLflow server; that of the environment (MLFLOW_TRACKING_URI) if empty, else SQLite and
+            a folder in the store.
         tags: further tags.
+        gate: when the adapter may become champion; nothing is registered if empty.
 
     Returns:
         ``tracking_uri``, ``experiment`` and ``run_id``.
@@ -124,98 +91,185 @@ def record_run(
         TransientError: the disk or the database did not take it this time.
         ServiceError: MLflow cannot be reached or refuses.
     """
+    store = store.resolve()
     refs = refs if refs is not None else _refs_of(summary)
-    local = uri is None
-    uri = uri or mlflow_uri(store)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import OperationalError, SQLAlchemyError
-
-    with _quiet():
-        try:
-            if local:
-                prepare_tracking(store)
-            client = MlflowClient(tracking_uri=uri)
-            location = store.resolve() / "mlflow" / "artifacts" if local else None
-            experiment_id = _experiment(client, experiment, location)
-            scratch = store.resolve() / ".scratch"
-            run_id = _write(
-                client, experiment_id, summary, settings, refs, dict(tags or {}), scratch
-            )
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            # MLflow hides a locked database behind an exception of its own
-            causes = (error, error.__cause__, error.__context__)
-            may_pass = any(isinstance(each, OSError | OperationalError) for each in causes)
-            said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-            raise (TransientError if may_pass else ServiceError)(
-                "the run is done and its artifacts are kept, but MLflow at "
-                f"{shown_uri(uri)} did not take its record: {shown_uri(said)}. When it can "
-                "be reached and written (tracking.uri), the same command records it without "
-                "computing anything again."
-            ) from error
-    return {"tracking_uri": shown_uri(uri), "experiment": experiment, "run_id": run_id}
+    report = store / "reports" / f"{summary.run_id}.html"
+    with _told(address_of(store, uri)), _scratch(store, summary.run_id) as folder:
+        page = gather(summary, refs, folder)
+        kept = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+        (folder / SETTINGS).write_text(kept, encoding="utf-8")
+        keep_file(store / "runs" / f"{summary.run_id}.yaml", kept)
+        summary.report = os.path.relpath(report)
+        keep_file(report, as_html(page))
+        with _mlflow(store, experiment, uri) as (client, where, recorded):
+            run_id = run.start(client, where.experiment_id, page, settings, refs, tags or {})
+            try:
+                summary.mlflow = recorded | {"run_id": run_id}
+                links = _write(client, where, run_id, page, refs, gate, folder)
+                run.write_arms(client, where.experiment_id, page, refs, tags or {})
+                run.end(client, run_id)
+            except BaseException:
+                summary.mlflow = {}
+                run.end(client, run_id, "FAILED")
+                raise
+        keep_file(report, as_html(page))
+        tell_prefect(page, links)
+    return summary.mlflow
 
 
 @task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
-def record(summary: Summary, settings: Mapping[str, Any], store: str) -> Summary:
-    """Records the run in MLflow and writes ``runs/<run_id>.json``; every run is, reused or not."""
-    tracking = settings["tracking"]
-    public = {**tracking, "uri": shown_uri(tracking["uri"] or "")}
-    try:
-        summary.mlflow = record_run(
-            summary,
-            {**settings, "tracking": public},
-            store=Path(store),
-            experiment=tracking["experiment"],
-            uri=tracking["uri"],
-            tags=tracking["tags"],
+def record_comparison(
+    made: ArtifactRef, run_id: str, tracking: Mapping[str, Any], store: str
+) -> dict[str, str]:
+    """Records the arms of a comparison in MLflow, and its verdict.
+
+    Raises:
+        TransientError, ServiceError: as for `record_run`.
+    """
+    root = Path(store).resolve()
+    uri = tracking["uri"]
+    with (
+        _told(address_of(root, uri)),
+        _scratch(root, run_id) as folder,
+        _mlflow(root, tracking["experiment"], uri) as (client, where, recorded),
+    ):
+        own = comparison.write(client, where.experiment_id, made, run_id, tracking["tags"], folder)
+        return recorded | {"run_id": own}
+
+
+@task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
+def record_drift(
+    series: str,
+    target: str,
+    step: int,
+    figures: Mapping[str, float],
+    note: str,
+    tags: Mapping[str, str],
+    tracking: Mapping[str, Any],
+    store: str,
+) -> str:
+    """Adds a look at a head map to MLflow's run of that map's drift.
+
+    Raises:
+        TransientError, ServiceError: as for `record_run`.
+    """
+    root = Path(store).resolve()
+    uri = tracking["uri"]
+    with (
+        _told(address_of(root, uri)),
+        _mlflow(root, tracking["experiment"], uri) as (client, where, _),
+    ):
+        title = f"head map drift: {target}"
+        every = {**tracking["tags"], **tags}
+        return drift.add_point(
+            client, where.experiment_id, series, title, step, figures, every, note
         )
-    finally:
-        keep_summary(Path(store), summary.run_id, summary.to_json())
-    return summary
+
+
+@contextmanager
+def _mlflow(
+    store: Path, name: str, uri: str | None
+) -> Iterator[tuple[MlflowClient, Experiment, dict[str, str]]]:
+    """A client, the experiment, and how the two are called in a summary."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    is_local = server_of(uri) is None
+    if is_local:
+        prepare_tracking(store)
+    from mlflow import MlflowClient
+
+    with quiet():
+        address = address_of(store, uri)
+        client = MlflowClient(tracking_uri=address)
+        location = store / "mlflow" / "artifacts" if is_local else None
+        called = {"tracking_uri": shown_uri(address), "experiment": name}
+        yield client, _experiment(client, name, location), called
 
 
 def _write(
     client: MlflowClient,
-    experiment_id: str,
-    summary: Summary,
-    settings: Mapping[str, Any],
+    experiment: Experiment,
+    run_id: str,
+    page: Page,
     refs: Mapping[str, ArtifactRef],
-    tags: dict[str, str],
-    scratch: Path,
-) -> str:
-    from mlflow.entities import Param, RunTag
+    gate: Gate | None,
+    folder: Path,
+) -> list[tuple[str, str]]:
+    """What of a run follows its numbers: the adapter, its version, the files, the note.
 
-    title = f"{summary.name} {summary.run_id}"
-    run = client.create_run(experiment_id, run_name=title, tags=_tags(summary, refs) | tags)
-    run_id = run.info.run_id
-    try:
-        params = [Param(key, value) for key, value in flat(settings).items()]
-        for batch in _batches(params, 100):
-            client.log_batch(run_id, params=batch)
-        curves = {name: curve for name, ref in refs.items() if (curve := _loss_curve(ref))}
-        for batch in _batches(_metrics(summary, curves), 1000):
-            client.log_batch(run_id, metrics=batch)
-        # in the store, where the next run finds it when this one is killed
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"record-{summary.run_id}-", dir=scratch) as folder:
-            draw_pictures(Path(folder), summary, refs, curves)
-            (Path(folder) / "summary.json").write_text(summary.to_json(), encoding="utf-8")
-            client.log_artifacts(run_id, folder)
-        if "model" in refs and (refs["model"].path / "adapter").is_dir():
-            _log_adapter(client, experiment_id, run_id, summary, refs["model"])
-        note = RunTag("mlflow.note.content", as_markdown(summary))
-        client.log_batch(run_id, tags=[note])
-        client.set_terminated(run_id, "FINISHED")
-    except BaseException:
-        with suppress(Exception):
-            client.set_terminated(run_id, "FAILED")
-        raise
-    return str(run_id)
+    Returns:
+        (words, address) of the pages about it, relative to the MLflow server.
+    """
+    from mlflow.entities import RunTag
+
+    summary = page.summary
+    if "model" in refs and (refs["model"].path / "adapter").is_dir():
+        summary.registered = _log_adapter(client, experiment, run_id, page, refs, gate)
+    (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    (folder / REPORT).write_text(as_html(page), encoding="utf-8")
+    client.log_artifacts(run_id, str(folder))
+    _log_images(client, run_id, folder)
+    links = [
+        ("Whole report", views.run_address(experiment.experiment_id, run_id, REPORT)),
+        ("Arms side by side", views.address(experiment.experiment_id, views.ARMS)),
+    ]
+    if (done := summary.registered) is not None:
+        links.append(("Model version", f"#/models/{done.name}/versions/{done.version}"))
+    picture = f"get-artifact?path={{name}}.png&run_uuid={run_id}"
+    note = RunTag("mlflow.note.content", as_note(page, links, picture))
+    named = {"model_version": f"{done.name} {done.version}"} if done is not None else {}
+    client.log_batch(run_id, tags=[note, *(RunTag(*one) for one in named.items())])
+    return [("This run in MLflow", views.run_address(experiment.experiment_id, run_id)), *links]
 
 
-def _experiment(client: MlflowClient, name: str, location: Path | None) -> str:
+def _log_images(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Pictures that the experiment's charts show beside each other."""
+    from PIL import Image
+
+    for name in ("aer", "heads"):
+        if (folder / f"{name}.png").is_file():
+            with Image.open(folder / f"{name}.png") as image:
+                client.log_image(run_id, image.convert("RGB"), key=name, step=0)
+
+
+def _log_adapter(
+    client: MlflowClient,
+    experiment: Experiment,
+    run_id: str,
+    page: Page,
+    refs: Mapping[str, ArtifactRef],
+    gate: Gate | None,
+) -> Any:
+    """The folder as it is: safetensors and JSON, without the base model and without pickle.
+
+    An adapter that is a model version already is not copied again.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    model = refs["model"]
+    known = None
+    if gate is not None:
+        gate = replace(gate, name=gate.name or registry.model_name(page.summary.name))
+        known = registry.find_version(client, gate.name, model.key)
+    model_id = known.model_id if known is not None else None
+    if model_id is None:
+        logged = client.create_logged_model(
+            experiment.experiment_id,
+            name=f"adapter-{model.key[:12]}",
+            source_run_id=run_id,
+            tags={"base_model": page.summary.base, "key": model.key},
+            params={"trainable": str(page.summary.trainable.parameters)},
+            model_type="peft-adapter",
+        )
+        model_id = logged.model_id
+        client.log_model_artifacts(model_id, str(model.path / "adapter"))
+        client.finalize_logged_model(model_id, "READY")
+    client.log_outputs(run_id, models=[LoggedModelOutput(model_id, step=0)])
+    if gate is None:
+        return None
+    return registry.register(client, page, refs, gate, run_id, model_id, known)
+
+
+def _experiment(client: MlflowClient, name: str, location: Path | None) -> Experiment:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -224,178 +278,46 @@ def _experiment(client: MlflowClient, name: str, location: Path | None) -> str:
         try:
             # without it the UI opens with its pages for chats and agents
             tags = {"mlflow.experimentKind": "custom_model_development"}
-            return str(client.create_experiment(name, artifact_location=place, tags=tags))
+            client.create_experiment(name, artifact_location=place, tags=tags)
         except MlflowException:
-            # another run made it in the meantime
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            # another run may have made it in the meantime
+            if client.get_experiment_by_name(name) is None:
                 raise
-    return str(found.experiment_id)
-
-
-def _tags(summary: Summary, refs: Mapping[str, ArtifactRef]) -> dict[str, str]:
-    tags = {
-        "p2d.run_id": summary.run_id,
-        "base_model": summary.base,
-        "target": summary.target,
-        "ranker": summary.heads.ranker,
-        "scorer": summary.selection.scorer,
-        "mlflow.source.name": "p2d",
-        "mlflow.source.type": "LOCAL",
-    }
-    with suppress(OSError, KeyError):
-        tags["mlflow.user"] = getpass.getuser()
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        changes = _git("status", "--porcelain", "--untracked-files=no")
-        tags["git_commit"] = tags["mlflow.source.git.commit"] = commit
-        tags["git_changes"] = "yes" if changes else "no"
-    return tags | {f"key.{name}": ref.key for name, ref in refs.items()}
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level of dotted keys; what is empty is left out."""
-    found: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value):
-            found |= flat({str(i): part for i, part in enumerate(value)}, f"{prefix}{key}.")
-        elif value is not None and value != "" and value != []:
-            found[f"{prefix}{key}"] = str(value)[:LONGEST_PARAM]
+        found = client.get_experiment_by_name(name)
+    views.preset(client, found)
     return found
 
 
-def _metrics(summary: Summary, curves: Mapping[str, list[dict[str, float]]]) -> list[Metric]:
-    from mlflow.entities import Metric
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """What of MLflow's own errors a person should see."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-    quality, aer, selection = summary.quality, summary.aer, summary.selection
-    numbers: dict[str, float | None] = {f"quality/{arm}": getattr(quality, arm) for arm in ARMS}
-    numbers |= {f"retention/{arm}": value for arm, value in quality.retention.items()}
-    numbers |= {f"eval_loss/{arm}": value for arm, value in quality.losses.items()}
-    numbers |= {
-        "aer/cold": aer.cold,
-        "aer/this_run": aer.this_run,
-        "aer/speedup": aer.speedup,
-        "aer/full_seconds": aer.full_seconds,
-        "aer/full_spread_seconds": aer.full_spread_seconds,
-        "trainable/parameters": summary.trainable.parameters,
-        "trainable/share_of_model": summary.trainable.share_of_model,
-        "trainable/share_of_attention": summary.trainable.share_of_attention,
-        "heads/selected": summary.heads.selected,
-        "heads/total": summary.heads.total,
-        "selection/selected": selection.selected,
-        "selection/corpus": selection.corpus,
-        "selection/cut_off": selection.cut_off,
-        "samples/rejected": sum(one.rows for one in summary.rejected),
-        "seconds": summary.seconds,
-    }
-    numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
-    numbers |= {f"aer_seconds_this_run/{term}": s for term, s in aer.stages_this_run.items()}
-    for what, counts in (("source", selection.by_source), ("label", selection.by_label)):
-        numbers |= {f"selected_by_{what}/{_safe(name)}": n for name, n in counts.items()}
-    now = int(time.time() * 1000)
-    metrics = [
-        Metric(key, float(value), now, 0)
-        for key, value in numbers.items()
-        if value is not None and math.isfinite(value)
-    ]
-    for name, curve in curves.items():
-        every = -(-len(curve) // CURVE_POINTS)
-        for point in curve[::every]:
-            for key in ("loss", "learning_rate", "eval_loss"):
-                value = point.get(key)
-                if value is not None and math.isfinite(value):
-                    metrics.append(Metric(f"{key}/{name}", value, now, int(point["step"])))
-    return metrics
-
-
-def _safe(name: str) -> str:
-    """As MLflow wants a part of a metric's name."""
-    return "".join(c if c.isalnum() or c in "_-. " else "_" for c in name)[:200] or "_"
-
-
-def _loss_curve(ref: ArtifactRef) -> list[dict[str, float]]:
     try:
-        curve = json.loads((ref.path / "loss.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    return [point for point in curve if "step" in point]
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        # MLflow hides a locked database behind an exception of its own
+        causes = (error, error.__cause__, error.__context__)
+        may_pass = any(isinstance(each, OSError | OperationalError) for each in causes)
+        said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise (TransientError if may_pass else ServiceError)(
+            f"the run is done and its artifacts are kept, but MLflow at {shown_uri(address)} did "
+            f"not take its record: {shown_uri(said)}. When it can be reached and written "
+            "(tracking.uri), the same command records it without computing anything again."
+        ) from error
 
 
-def _log_adapter(
-    client: MlflowClient, experiment_id: str, run_id: str, summary: Summary, model: ArtifactRef
-) -> None:
-    """The folder as it is: safetensors and JSON, without the base model and without pickle."""
-    from mlflow.entities import LoggedModelOutput
-
-    logged = client.create_logged_model(
-        experiment_id,
-        name=f"adapter-{model.key[:12]}",
-        source_run_id=run_id,
-        tags={"base_model": summary.base, "key": model.key},
-        params={"trainable": str(summary.trainable.parameters)},
-        model_type="peft-adapter",
-    )
-    client.log_model_artifacts(logged.model_id, str(model.path / "adapter"))
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
-
-
-def as_markdown(summary: Summary) -> str:
-    """The run on one page, for MLflow's description of it."""
-    quality, aer, selection = summary.quality, summary.aer, summary.selection
-    better = "higher" if quality.higher_is_better else "lower"
-    arms = [
-        f"| {arm} | {value:.4f} | {quality.retention.get(arm, math.nan):.4f} |".replace("nan", "")
-        for arm in ARMS
-        if (value := getattr(quality, arm)) is not None
-    ]
-    sources = [
-        f"| {name} | {n:,} | {selection.corpus_by_source.get(name, 0):,} |"
-        for name, n in selection.by_source.items()
-    ]
-    terms = [
-        f"| {term} | {seconds:.1f} | {aer.stages_this_run.get(term, 0.0):.1f} |"
-        for term, seconds in aer.stages.items()
-    ]
-    lines = [
-        f"**{summary.name}**: {summary.base} adapted to {summary.target}, "
-        f"{summary.heads.selected} of {summary.heads.total} heads, "
-        f"{selection.selected:,} of {selection.corpus:,} samples"
-        f"{selection.boundary_text}.",
-        "",
-        f"| arm | {quality.metric} ({better} is better) | retention |",
-        "|---|---|---|",
-        *arms,
-        "",
-        f"**AER** {aer.cold:.3f} cold ({aer.speedup:.1f}x), {aer.this_run:.3f} this run; "
-        f"full fine-tuning {aer.full_seconds:.1f} s ({aer.reference}).",
-        "",
-        "| seconds | cold | this run |",
-        "|---|---|---|",
-        *terms,
-        "",
-        "| source | chosen | in the corpus |",
-        "|---|---|---|",
-        *sources,
-    ]
-    if summary.rejected:
-        lines.append("")
-        lines += [f"- {one.rows:,} rows of {one.source} left out" for one in summary.rejected]
-    if selection.notes:
-        lines += ["", *(f"- {note}" for note in selection.notes)]
-    return "\n".join(lines) + "\n"
+@contextmanager
+def _scratch(store: Path, run_id: str) -> Iterator[Path]:
+    """A folder in the store, where the next run finds it when this one is killed."""
+    scratch = store / ".scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"record-{run_id}-", dir=scratch))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refs_of(summary: Summary) -> dict[str, ArtifactRef]:
@@ -404,23 +326,3 @@ def _refs_of(summary: Summary) -> dict[str, ArtifactRef]:
         path = Path(folder).resolve()
         refs[name] = ArtifactRef(stage=path.parent.name, key=path.name, location=str(path))
     return refs
-
-
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        # what goes wrong is raised, and told once
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus
-from p2d_core.affinity.scoring import SCORES, score_corpus
+from p2d_core.affinity.scoring import SCORES, STATE, score_corpus
 from p2d_core.store import ArtifactRef, Making
 from tasks.measurements import head_map_of, model_for, scorer_step, target_of
 from tasks.progress import progress_of
@@ -37,9 +37,6 @@ def score(
     model = model_for(base, runtime, head_proxy)
     known = target_of(target)
     state = one.scorer.prepare(model, head_map_of(heads), known)
-    if state:
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, making.folder / "state.safetensors")
     measured = MeasuredCorpus(
         [
             (Path(shard.file), measurement.path / MEASURED)
@@ -55,6 +52,9 @@ def score(
             previous=previous.path / SCORES if previous is not None else None,
             progress=progress,
         )
+    if outcome.state:
+        tensors = {name: tensor.contiguous() for name, tensor in outcome.state.items()}
+        save_file(tensors, making.folder / STATE)
     gates = dict(previous.manifest.facts["gates"]) if previous is not None else {}
     if outcome.gate is not None:
         gates[one.name] = {"threshold": outcome.gate.threshold, "passed": outcome.passed}

@@ -107,6 +107,19 @@ class AERSummary(BaseModel):
     stages_this_run: dict[str, float]
 
 
+class RegisteredSummary(BaseModel):
+    """The model version that the adapter is in MLflow's registry."""
+
+    name: str
+    version: str
+    reused: bool
+    """An earlier run registered the same adapter."""
+    champion: bool
+    """Whether it is the champion now."""
+    why: str
+    """Why it is or is not."""
+
+
 class Summary(BaseModel):
     """The JSON of ``--summary``; its keys are stable, new ones may come."""
 
@@ -127,6 +140,12 @@ class Summary(BaseModel):
     artifacts: dict[str, str]
     """Stage (or stage of an arm, such as model_random) -> folder relative to the working folder."""
     mlflow: dict[str, str] = {}
+    registered: RegisteredSummary | None = None
+    """None where the registry is turned off or did not answer."""
+    command: str = ""
+    """Runs it again, from the folder that the run was started in."""
+    report: str = ""
+    """Path of the report: one HTML file with all of it."""
     seconds: float = 0.0
     """Wall seconds of the whole run."""
     planned: Plan | None = None

@@ -1,13 +1,18 @@
 """A small store of real artifacts, made through `Store.produce`, and a run's summary over them."""
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from p2d_core.heads.head_map import HeadMap
+from p2d_core.heads.picture import draw
 from p2d_core.samples.schema import Sample, sample_id_of, to_table
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.runs import keep_summary
@@ -20,7 +25,7 @@ N_CHOSEN = 4
 def put(
     store: Store,
     stage: str,
-    files: dict[str, pa.Table | str],
+    files: dict[str, pa.Table | str | bytes],
     *,
     inputs: dict[str, Any] | None = None,
     run_id: str = "run-1",
@@ -33,7 +38,9 @@ def put(
     )
 
 
-def writing(files: dict[str, pa.Table | str], facts: dict[str, Any]) -> Callable[[Making], None]:
+def writing(
+    files: dict[str, pa.Table | str | bytes], facts: dict[str, Any]
+) -> Callable[[Making], None]:
     """A build step that writes the files."""
 
     def build(making: Making) -> None:
@@ -42,12 +49,27 @@ def writing(files: dict[str, pa.Table | str], facts: dict[str, Any]) -> Callable
             file.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, str):
                 file.write_text(content, encoding="utf-8")
+            elif isinstance(content, bytes):
+                file.write_bytes(content)
             else:
                 pq.write_table(content, file)
         making.facts |= facts
         making.samples = 3
 
     return build
+
+
+def head_map() -> HeadMap:
+    """Two layers of two heads; (0, 1) is the task head."""
+    return HeadMap.from_scores(torch.tensor([[0.1, 0.4], [0.2, 0.3]]), 1, 0.25)
+
+
+@functools.cache
+def head_picture() -> bytes:
+    """Its PNG."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(head_map(), Path(folder) / "heads.png", "spad")
+        return (Path(folder) / "heads.png").read_bytes()
 
 
 def samples() -> list[Sample]:
@@ -75,20 +97,10 @@ def fill(store: Store, *, run_id: str = "run-1") -> dict[str, ArtifactRef]:
         inputs={"target": refs["samples"].key},
         run_id=run_id,
     )
-    heads = pa.table(
-        {
-            "layer": pa.array([0, 0, 1, 1], pa.int32()),
-            "head": pa.array([0, 1, 0, 1], pa.int32()),
-            "kv_group": pa.array([0, 0, 0, 0], pa.int32()),
-            "score": [0.1, 0.4, 0.2, 0.3],
-            "rank": pa.array([4, 1, 3, 2], pa.int32()),
-            "is_task_head": [False, True, False, False],
-        }
-    )
     refs["heads"] = put(
         store,
         "heads",
-        {"heads.parquet": heads, "heads.png": "no picture"},
+        {"heads.parquet": head_map().to_table(), "heads.png": head_picture()},
         inputs={"proxy": refs["proxy"].key},
         run_id=run_id,
     )
@@ -115,7 +127,13 @@ def fill(store: Store, *, run_id: str = "run-1") -> dict[str, ArtifactRef]:
         inputs={"measurements": [refs["measurements"].key]},
         run_id=run_id,
     )
-    chosen = to_table(corpus).slice(N_SAMPLES - N_CHOSEN)
+    first = N_SAMPLES - N_CHOSEN
+    chosen = (
+        to_table(corpus)
+        .slice(first)
+        .append_column("affinity", scores["affinity"].slice(first).combine_chunks())
+        .append_column("chosen_by", pa.array(["affinity"] * (N_CHOSEN - 1) + ["replay"]))
+    )
     refs["subset"] = put(
         store,
         "subset",

@@ -141,31 +141,59 @@ def verify(
 
 @app.command()
 def gc(
-    keep_runs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Keep what the newest N runs need.")
+    keep: Annotated[
+        int,
+        typer.Option(
+            "--keep", "--keep-runs", min=0, metavar="N", help="Keep what the newest N runs need."
+        ),
     ] = 10,
+    keep_days: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="D", help="Also keep what runs that ended in the last D days need."
+        ),
+    ] = 0.0,
+    mlflow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mlflow",
+            metavar="URI",
+            envvar="MLFLOW_TRACKING_URI",
+            help="Also keep what models need that are registered there.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Remove leftovers of killed runs, and artifacts that no recent run needs.
+    """Remove leftovers of killed runs, and artifacts that no recent run and no registered model
+    needs.
 
-    Example: [bold]p2d artifacts gc --keep-runs 3 --dry-run[/bold]
+    A registered model keeps its adapter, head map, subset and all that those were made from; a head
+    map in use stays too. While a run is in progress, or when MLflow does not answer, nothing is
+    removed.
+
+    Example: [bold]p2d artifacts gc --keep 3 --keep-days 30 --dry-run[/bold]
     """
-    from p2d_core.store.gc import remove, unneeded
+    from flows.killed import between_runs
+    from flows.registered import registered_keys
+    from p2d_core.store.gc import COMPARISON, remove, unneeded
     from p2d_core.store.runs import run_files
 
     here = existing_store(store)
-    removals = unneeded(here, keep_runs=keep_runs)
     freed = 0
     gone = 0
-    for removal in removals if dry_run else remove(removals):
-        freed += removal.bytes
-        gone += 1
-        name = removal.path.relative_to(here.root)
-        typer.echo(f"{'would remove' if dry_run else 'removed'} {name}: {removal.why}")
+    with between_runs(here.root):
+        registered = registered_keys(here, mlflow or [])
+        removals = unneeded(here, keep_runs=keep, keep_days=keep_days, registered=registered)
+        for removal in removals if dry_run else remove(removals):
+            freed += removal.bytes
+            gone += 1
+            name = removal.path.relative_to(here.root)
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {name}: {removal.why}")
     what = "would be freed" if dry_run else "freed"
     typer.echo(f"{gone} folders, {size_text(freed)} {what} ({freed:,} bytes) in {here.root}")
-    if not run_files(here) and next(here.refs(), None) is not None:
+    if not run_files(here) and not any(here.refs(COMPARISON)) and any(here.refs()):
         typer.echo("No run has ended in this store yet, so every whole artifact stays.")
     if not dry_run and gone < len(removals):
         raise ArtifactError(

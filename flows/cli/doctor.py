@@ -259,7 +259,7 @@ def _store(store: Path) -> Iterator[Finding]:
         cure = f"{leftovers} leftovers: `p2d artifacts gc` removes them." if leftovers else ""
         yield Finding("store", found, cure)
     free = shutil.disk_usage(there).free
-    cure = "Make room, or: p2d artifacts gc --keep-runs 3" if free < LITTLE_DISK else ""
+    cure = "Make room, or: p2d artifacts gc --keep 3" if free < LITTLE_DISK else ""
     yield Finding("disk", f"{size_text(free)} free at {there}", cure)
 
 

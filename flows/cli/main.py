@@ -8,7 +8,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from flows.cli import adapt, artifacts, compare, config, demo, doctor, heads, plan, sql, ui, worker
+from flows.cli import (
+    adapt,
+    artifacts,
+    compare,
+    config,
+    demo,
+    doctor,
+    explain,
+    heads,
+    plan,
+    sql,
+    ui,
+    worker,
+)
 from flows.services import leave
 from p2d_core.errors import InputError, P2DError
 
@@ -39,6 +52,7 @@ app.command()(ui.ui)
 app.command()(worker.worker)
 app.add_typer(heads.app, name="heads")
 app.add_typer(artifacts.app, name="artifacts")
+app.command()(explain.explain)
 app.command()(sql.sql)
 app.command()(doctor.doctor)
 

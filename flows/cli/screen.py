@@ -10,23 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.progress import duration
-from tasks.summary import QualitySummary, RejectedSummary, SelectionSummary, Summary
+from tasks.summary import RejectedSummary, SelectionSummary, Summary
+from tasks.verdict import ARM_NAMES, TERM_NAMES, percent, times, trained_on, verdict
 
 WIDEST = 100
-ARM_NAMES = {
-    "base": "base model",
-    "p2d": "P2D",
-    "proxy": "proxy set alone",
-    "random": "random subset",
-    "full": "full fine-tuning",
-}
-TERM_NAMES = {
-    "proxy": "proxy run",
-    "heads": "head ranking",
-    "scores": "scoring",
-    "subset": "selection",
-    "model": "training",
-}
 
 
 def show_summary(summary: Summary, head_map_text: Text | None, console: Console) -> None:
@@ -42,53 +29,8 @@ def show_summary(summary: Summary, head_map_text: Text | None, console: Console)
     _rejected(summary.rejected, console)
     _quality(summary, console)
     _aer(summary, console)
+    _kept(summary, console)
     _next(summary, console)
-
-
-def verdict(quality: QualitySummary) -> list[tuple[str, str]]:
-    """What the numbers say, in sentences, each with a style."""
-    sentences = [_against_base(quality)]
-    sentences += [
-        _against(quality, arm, text)
-        for arm, text in (
-            ("proxy", "the same heads tuned on the proxy set alone, without the corpus"),
-            ("random", "a random subset of the same size with the same heads"),
-            ("full", "full fine-tuning on the whole corpus"),
-        )
-        if getattr(quality, arm) is not None
-    ]
-    if quality.samples:
-        noise = "One run on {n} evaluation samples: small differences can be chance."
-        sentences.append((noise.format(n=f"{quality.samples:,}"), "dim"))
-    return sentences
-
-
-def gain(quality: QualitySummary, arm: str) -> float:
-    """By how much P2D is better than an arm, in the metric's unit; negative: worse."""
-    difference = quality.p2d - float(getattr(quality, arm))
-    return difference if quality.higher_is_better else -difference
-
-
-def _against_base(quality: QualitySummary) -> tuple[str, str]:
-    better_by = gain(quality, "base")
-    if _same(quality, "base"):
-        return "P2D leaves the base model's quality as it was.", "yellow"
-    if better_by < 0:
-        return f"P2D is WORSE than the base model, by {-better_by:.3f}.", "red"
-    return f"P2D is better than the base model by {better_by:.3f}.", "green"
-
-
-def _against(quality: QualitySummary, arm: str, what: str) -> tuple[str, str]:
-    better_by = gain(quality, arm)
-    if _same(quality, arm):
-        return f"P2D is NOT better than {what}: the same.", "yellow"
-    if better_by < 0:
-        return f"P2D is NOT better than {what}: worse by {-better_by:.3f}.", "yellow"
-    return f"P2D is better than {what} by {better_by:.3f}.", "green"
-
-
-def _same(quality: QualitySummary, arm: str) -> bool:
-    return abs(gain(quality, arm)) < 0.0005
 
 
 def _stages(summary: Summary, console: Console) -> None:
@@ -137,7 +79,7 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
     _title(console, "Task heads")
     _say(
         console,
-        f"{heads.selected} of {heads.total} query heads ({_percent(heads.selected, heads.total)}) "
+        f"{heads.selected} of {heads.total} query heads ({percent(heads.selected, heads.total)}) "
         f"by {heads.ranker}: {moving.parameters:,} parameters move, {moving.share_of_model:.1%} of "
         "the model.",
     )
@@ -155,7 +97,7 @@ def _selection(selection: SelectionSummary, console: Console) -> None:
     _say(
         console,
         f"{selection.selected:,} of {selection.corpus:,} "
-        f"({_percent(selection.selected, selection.corpus)}) by {selection.scorer}"
+        f"({percent(selection.selected, selection.corpus)}) by {selection.scorer}"
         f"{selection.boundary_text}.",
     )
     if selection.corpus_by_source:
@@ -166,14 +108,14 @@ def _selection(selection: SelectionSummary, console: Console) -> None:
                 Text(source),
                 f"{chosen:,}",
                 f"{available:,}",
-                _percent(chosen, available),
-                _percent(chosen, selection.selected),
+                percent(chosen, available),
+                percent(chosen, selection.selected),
             )
         console.print(Padding(table, (0, 0, 0, 2)))
     if selection.by_label:
         table = _table("label (no stage reads it)", ">chosen", ">of chosen")
         for label, chosen in selection.by_label.items():
-            table.add_row(Text(label), f"{chosen:,}", _percent(chosen, selection.selected))
+            table.add_row(Text(label), f"{chosen:,}", percent(chosen, selection.selected))
         console.print(Padding(table, (0, 0, 0, 2)))
     for note in selection.notes:
         _say(console, f"note: {note}", style="yellow")
@@ -190,14 +132,7 @@ def _rejected(rejected: list[RejectedSummary], console: Console) -> None:
 
 def _quality(summary: Summary, console: Console) -> None:
     quality, selection = summary.quality, summary.selection
-    share = _percent(selection.selected, selection.corpus)
-    trained_on = {
-        "base": "nothing",
-        "p2d": f"task heads, {share} of the corpus",
-        "proxy": "same heads, none of the corpus",
-        "random": f"same heads, {share} of the corpus",
-        "full": "all parameters, whole corpus",
-    }
+    share = percent(selection.selected, selection.corpus)
     better = "higher" if quality.higher_is_better else "lower"
     columns = ["", "trained", f">{quality.metric.replace('_', ' ')}"]
     if quality.retention:
@@ -208,7 +143,7 @@ def _quality(summary: Summary, console: Console) -> None:
         if value is None:
             continue
         style = "bold" if arm == "p2d" else ""
-        row = [Text(name, style), Text(trained_on[arm], "dim"), Text(f"{value:.3f}", style)]
+        row = [Text(name, style), Text(trained_on(arm, share), "dim"), Text(f"{value:.3f}", style)]
         if quality.retention:
             kept = quality.retention.get(arm)
             row.append(Text("" if kept is None else f"{kept:.3f}", style))
@@ -238,8 +173,8 @@ def _aer(summary: Summary, console: Console) -> None:
     )
     table.add_row(
         Text("speedup", "bold"),
-        Text(_times(aer.speedup), "bold"),
-        Text(_times(1 / aer.this_run if aer.this_run > 0 else 0.0), "bold"),
+        Text(times(aer.speedup), "bold"),
+        Text(times(1 / aer.this_run if aer.this_run > 0 else 0.0), "bold"),
     )
     _section(console, "Alignment Efficiency Ratio (seconds; lower AER is better)", table)
     if aer.cold >= 1:
@@ -249,6 +184,18 @@ def _aer(summary: Summary, console: Console) -> None:
             "A larger corpus, or another target on the same corpus, changes that.",
             style="yellow",
         )
+
+
+def _kept(summary: Summary, console: Console) -> None:
+    version = summary.registered
+    if version is None and not summary.report:
+        return
+    _title(console, "Kept")
+    if version is not None:
+        alias = "champion" if version.champion else "not champion"
+        _say(console, f"{version.name}, version {version.version}: {alias}, {version.why}.")
+    if summary.report:
+        console.print(Text(f"  report: {summary.report}", "dim"), soft_wrap=True)
 
 
 def _next(summary: Summary, console: Console) -> None:
@@ -315,11 +262,3 @@ def _escaped(text: str) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:,.1f}" if seconds < 9_999 else duration(seconds)
-
-
-def _times(speedup: float) -> str:
-    return f"{speedup:.1f}x" if speedup < 1000 else f"{speedup:,.0f}x"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else ""

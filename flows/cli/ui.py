@@ -52,7 +52,7 @@ def ui(
     server = _start(folder, chosen)
     try:
         _wait_until_up(server, chosen, folder)
-        address = f"http://{HOST}:{chosen}"
+        address = f"http://{HOST}:{chosen}/{_adaptations(chosen)}"
         typer.echo(f"MLflow: {address}   (runs of {folder.parent}; Ctrl-C stops it)")
         if not no_open:
             import webbrowser
@@ -103,6 +103,28 @@ def _start(folder: Path, port: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, stdout=said, stderr=said, env=environment, cwd=folder, start_new_session=True
         )
+
+
+def _adaptations(port: int) -> str:
+    """The page of the experiment that was last recorded in; empty where there is none."""
+    import json
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    from tasks.tracking.views import TABLE, VIEW, address
+
+    asked = json.dumps({"max_results": 20, "order_by": ["last_update_time DESC"]}).encode()
+    request = Request(
+        f"http://{HOST}:{port}/api/2.0/mlflow/experiments/search",
+        data=asked,
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=10) as answer:
+            found = json.load(answer).get("experiments", [])
+    except (OSError, ValueError):
+        return ""
+    ours = [one for one in found if VIEW + TABLE in {tag["key"] for tag in one.get("tags", [])}]
+    return address(ours[0]["experiment_id"]) if ours else ""
 
 
 def _wait_until_up(server: subprocess.Popen[bytes], port: int, folder: Path) -> None:

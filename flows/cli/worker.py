@@ -29,6 +29,16 @@ def worker(
             help="Folder that relative paths in a deployment's settings start from.",
         ),
     ] = Path("."),
+    health_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Answer http://127.0.0.1:PORT/health with 200 as long as this worker "
+            "asks for runs.",
+            show_default=False,
+        ),
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Do the runs that a Prefect server has scheduled, until it is stopped.
@@ -53,5 +63,10 @@ def worker(
     os.environ["P2D_STORE"] = str(store.resolve())
     os.environ["P2D_HOME"] = str(home.resolve())
     command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]
+    command += ["--pool", pool, "--work-queue", queue]
+    if health_port is not None:
+        os.environ["PREFECT_WORKER_WEBSERVER_HOST"] = "127.0.0.1"
+        os.environ["PREFECT_WORKER_WEBSERVER_PORT"] = str(health_port)
+        command.append("--with-healthcheck")
     # in place of this process, so that what stops it stops the worker
-    os.execv(sys.executable, [*command, "--pool", pool, "--work-queue", queue])
+    os.execv(sys.executable, command)

@@ -113,7 +113,7 @@ class HeadActivation:
         """In [-1, 1]."""
         unit = self._whitening(state, measured)
         references = unit(state["proxy"])
-        mean = normalize(references.mean(dim=0), dim=0)
+        mean = _mean_of(references)
         for table in only(measured, OUTPUTS):
             vectors = unit(_outputs_of(table, state))
             if self.compare == "mean":
@@ -125,6 +125,31 @@ class HeadActivation:
         """``mean`` and ``matrix`` of the whitening too."""
         whitening = self._whitening(state, measured)
         return state | {"mean": whitening.mean, "matrix": whitening.matrix}
+
+    def head_parts(self, state: ScorerState, table: pa.Table) -> Tensor:
+        """The heads' shares of the scalar product that the cosine is, ``[n, n_heads]``.
+
+        Exact: whitening mixes no two heads, and the length that a vector is divided by is one
+        number for all of them. With ``compare: nearest``, against the mean of the neighbours.
+        """
+        vectors, references = self._units(state, table)
+        if self.compare == "mean":
+            against = _mean_of(references).expand_as(vectors)
+        else:
+            count = min(self.neighbours, len(references))
+            nearest = (vectors @ references.T).topk(count, dim=1).indices
+            against = references[nearest].mean(dim=1)
+        return (vectors * against).view(len(vectors), len(state["heads"]), -1).sum(dim=2)
+
+    def similarities(self, state: ScorerState, table: pa.Table) -> Tensor:
+        """Cosine to each proxy sample, ``[n, n_proxy]``."""
+        vectors, references = self._units(state, table)
+        return vectors @ references.T
+
+    def _units(self, state: ScorerState, table: pa.Table) -> tuple[Tensor, Tensor]:
+        """Unit vectors of the table's samples and of the proxy samples, of a fitted state."""
+        unit = _Whitening(state["mean"], state["matrix"])
+        return unit(_outputs_of(table, state)), unit(state["proxy"])
 
     def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
         """Of the proxy samples, each left out of its own neighbours, or of the mean."""
@@ -162,6 +187,11 @@ class HeadActivation:
         for table in only(measured, OUTPUTS):
             moments.add(_outputs_of(table, state))
         return moments.whitening(self.shrinkage)
+
+
+def _mean_of(references: Tensor) -> Tensor:
+    """The direction of the mean of unit vectors."""
+    return normalize(references.mean(dim=0), dim=0)
 
 
 def _outputs_of(table: pa.Table, state: ScorerState) -> Tensor:

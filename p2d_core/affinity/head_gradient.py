@@ -74,9 +74,11 @@ class HeadGradient:
         """In [-1, 1]."""
         wanted = normalize(state["proxy"].double().mean(dim=0), dim=0).numpy()
         for table in only(measured, GRADIENT):
-            flat = table[GRADIENT].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            vectors = np.asarray(flat, np.float32).reshape(len(table), -1)
-            yield pa.array((vectors @ wanted.astype(np.float32)).astype(np.float64))
+            yield pa.array((_vectors(table) @ wanted.astype(np.float32)).astype(np.float64))
+
+    def similarities(self, state: ScorerState, table: pa.Table) -> Tensor:
+        """Cosine to each proxy sample's gradient, ``[n, n_proxy]``."""
+        return torch.from_numpy(_vectors(table)).double() @ state["proxy"].double().T
 
     def _gradients(
         self, model: CapturedModel, state: ScorerState, samples: Sequence[Sample]
@@ -109,3 +111,8 @@ class HeadGradient:
         for positions, part in model.each_batch(model.encode(samples), of):
             gradients[positions] = part.cpu()
         return gradients
+
+
+def _vectors(table: pa.Table) -> np.ndarray[Any, Any]:
+    flat = table[GRADIENT].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.array(flat, np.float32).reshape(len(table), -1)

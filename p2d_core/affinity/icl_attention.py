@@ -97,6 +97,8 @@ class IclAttention:
 
     def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
         """``effects`` too: of the circumstances on the logarithm of each head's attention."""
+        if "effects" in state:
+            return state
         n_heads = len(state["heads"])
         width = self.demonstrations + N_CIRCUMSTANCES - 1
         squares, products = np.zeros((width, width)), np.zeros((width, n_heads))
@@ -112,21 +114,36 @@ class IclAttention:
         measured: nats, 0 is what is usual in a sample's circumstances; weighed, a factor of it.
         per-token: a share of attention.
         """
-        n_heads = len(state["heads"])
-        if self.bias == "measured" and "effects" not in state:
+        if self.bias == "measured":
             state = self.fit(state, measured)
         for table in only(measured, ATTENTION, CIRCUMSTANCES, GAIN):
-            paid = _draws(table, ATTENTION, n_heads)
-            if self.bias == "per-token":
-                lengths = _draws(table, CIRCUMSTANCES, N_CIRCUMSTANCES)[:, 1]
-                of_draws = paid.mean(axis=1) / np.maximum(lengths, 1)
-            else:
-                usual = self._given(table) @ state["effects"].numpy()
-                of_draws = (np.log(paid) - usual).mean(axis=1)
+            of_draws = self._by_head(state, table).mean(axis=1)
             if self.weigh_by_gain:
                 factor = np.exp(of_draws) if self.bias == "measured" else of_draws
                 of_draws = factor * np.exp(_draws(table, GAIN, 1)[:, 0])
             yield pa.array(of_draws.reshape(len(table), -1).mean(axis=1))
+
+    def head_parts(self, state: ScorerState, table: pa.Table) -> Tensor | None:
+        """Each head's share of the mean, ``[n, n_heads]``; a measured bias that is then weighed by
+        gain makes a product of them, and None."""
+        by_head = self._by_head(state, table)
+        if self.weigh_by_gain:
+            if self.bias == "measured":
+                return None
+            by_head = by_head * np.exp(_draws(table, GAIN, 1))
+        n_heads = by_head.shape[1]
+        of_samples = by_head.reshape(len(table), -1, n_heads).mean(axis=1)
+        return torch.from_numpy(of_samples / n_heads)
+
+    def _by_head(self, state: ScorerState, table: pa.Table) -> np.ndarray[Any, Any]:
+        """A row a draw, a column a head: what it pays, without what length and place make of it."""
+        paid = _draws(table, ATTENTION, len(state["heads"]))
+        if self.bias == "per-token":
+            lengths = _draws(table, CIRCUMSTANCES, N_CIRCUMSTANCES)[:, 1:2]
+            found = paid / np.maximum(lengths, 1)
+        else:
+            found = np.log(paid) - self._given(table) @ state["effects"].numpy()
+        return np.asarray(found)
 
     def _given(self, table: pa.Table) -> np.ndarray[Any, Any]:
         """A row a draw: which place it is, and the logarithms of three lengths."""

@@ -113,7 +113,29 @@ class Fitted(Protocol):
     """A scorer whose affinities, gauge and all, need something of the whole corpus first."""
 
     def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
-        """The state with it, so that the corpus is read for it once."""
+        """The state with it, so that the corpus is read for it once; a fitted one as it is."""
+        ...
+
+
+@runtime_checkable
+class ByHead(Protocol):
+    """A scorer whose affinities are sums over the task heads that it looks at."""
+
+    def head_parts(self, state: ScorerState, table: pa.Table) -> Tensor | None:
+        """What each head adds to the affinity of each row, float64, ``[n, n_heads]``.
+
+        The heads are in the order of ``state["heads"]``; the state is fitted. None where a setting
+        makes the affinities something else than sums.
+        """
+        ...
+
+
+@runtime_checkable
+class ByProxy(Protocol):
+    """A scorer that compares a sample with the proxy samples one by one."""
+
+    def similarities(self, state: ScorerState, table: pa.Table) -> Tensor:
+        """Cosine of each row to each proxy sample, float64, ``[n, n_proxy]``; fitted state."""
         ...
 
 

@@ -62,24 +62,25 @@ class RdsPlus:
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """turns: minus the round in which it is taken, plus less than 1 for its similarity."""
-        proxies = state["proxy"].double()
-
-        def similarities(table: pa.Table) -> Tensor:
-            flat = table[HIDDEN].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            vectors = torch.tensor(np.asarray(flat, np.float64)).view(len(table), -1)
-            return vectors @ proxies.T
-
         if self.choose == "mean":
             for table in only(measured, HIDDEN):
-                yield pa.array(similarities(table).mean(dim=1).numpy())
+                yield pa.array(self.similarities(state, table).mean(dim=1).numpy())
             return
-        parts = [similarities(table).float().numpy() for table in only(measured, HIDDEN)]
+        parts = [
+            self.similarities(state, table).float().numpy() for table in only(measured, HIDDEN)
+        ]
         places = _turns(np.concatenate(parts)) if parts else np.empty(0)
         start = 0
         for part in parts:
             likeness = (1 + part.max(axis=1).astype(np.float64).clip(-1, 1)) / 2
             yield pa.array(likeness * (1 - 1e-6) - places[start : start + len(part)])
             start += len(part)
+
+    def similarities(self, state: ScorerState, table: pa.Table) -> Tensor:
+        """Cosine to each proxy sample, ``[n, n_proxy]``."""
+        flat = table[HIDDEN].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = torch.tensor(np.asarray(flat, np.float64)).view(len(table), -1)
+        return vectors @ state["proxy"].double().T
 
 
 def _turns(similarities: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

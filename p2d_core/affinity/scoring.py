@@ -18,6 +18,7 @@ from p2d_core.affinity.protocol import Fitted, Gauged, InParts, ScorerState, Ste
 from p2d_core.errors import NumericalError
 
 SCORES = "scores.parquet"
+STATE = "state.safetensors"
 KEPT = ("sample_id", "source", "n_tokens", "n_response_tokens")
 """Of a measurement, in the scores."""
 
@@ -48,6 +49,9 @@ class ScoredCorpus:
     gate: Gate | None = None
     passing_by_shard: list[str] = field(default_factory=list)
     """For each shard, SHA-256 over the ids of the samples that passed all gates so far."""
+    state: ScorerState = field(default_factory=dict)
+    """What the affinities were computed with, fitted: with it no measurement but a sample's own
+    is needed to look at its affinity again."""
 
 
 def gate_of(step: Step, state: ScorerState, measured: MeasuredCorpus) -> Gate | None:
@@ -102,7 +106,7 @@ def score_corpus(
     if isinstance(step.scorer, Fitted):
         state = step.scorer.fit(state, measured)
     gate = gate_of(step, state, measured)
-    outcome = ScoredCorpus(gate=gate)
+    outcome = ScoredCorpus(gate=gate, state=state)
     affinities = _affinities(step, state, measured)
     before = pq.ParquetFile(previous) if previous is not None else None
     writer: pq.ParquetWriter | None = None

@@ -103,7 +103,7 @@ class Sum:
     @property
     def part_names(self) -> tuple[str, ...]:
         """The scorers' names with underscores."""
-        return tuple(name.replace("-", "_") for name in self.parts)
+        return tuple(map(column_of, self.parts))
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """What each part prepares, under ``<part>/``."""
@@ -127,6 +127,8 @@ class Sum:
 
     def fit(self, state: ScorerState, measured: Iterable[pa.Table]) -> ScorerState:
         """What each part fits, and ``<part>/.moments``: its mean and standard deviation."""
+        if all(f"{name}/.moments" in state for name in self.parts):
+            return state
         fitted = dict(state)
         for name, each in self._made.items():
             own, view = _inside(state, name), _View(measured, name)
@@ -147,8 +149,7 @@ class Sum:
         self, state: ScorerState, measured: Iterable[pa.Table]
     ) -> Iterator[dict[str, pa.Array]]:
         """The sum, and every part standardised."""
-        if any(f"{name}/.moments" not in state for name in self.parts):
-            state = self.fit(state, measured)
+        state = self.fit(state, measured)
         streams = []
         for name, each in self._made.items():
             own = _inside(state, name)
@@ -158,6 +159,19 @@ class Sum:
             weighted = zip(self.parts.values(), values, strict=True)
             parts = dict(zip(self.part_names, map(pa.array, values), strict=True))
             yield {"affinity": pa.array(sum(weight * value for weight, value in weighted)), **parts}
+
+    def taken_apart(
+        self, state: ScorerState, table: pa.Table
+    ) -> Iterator[tuple[str, Scorer, ScorerState, pa.Table]]:
+        """Each part's name and scorer, with what it prepared, fitted and measured itself."""
+        for name, each in self._made.items():
+            (own,) = _View([table], name)
+            yield name, each, _inside(state, name), own
+
+
+def column_of(part: str) -> str:
+    """The column of the scores that a part has."""
+    return part.replace("-", "_")
 
 
 @dataclass(frozen=True)

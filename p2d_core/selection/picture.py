@@ -45,13 +45,16 @@ def draw_affinities(
         label = f"{what} ({sum(counts):,})"
         axes.bar(left, counts, width, align="edge", color=color, label=label)
     if cut_off is not None:
+        # on the side where there is room
+        is_right = cut_off > low + BINS * width / 2
         axes.axvline(cut_off, color="black", linestyle="--", linewidth=1)
         axes.annotate(
             f"cut-off {cut_off:.3g}",
             (cut_off, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -12),
+            xytext=(-4 if is_right else 4, -12),
             textcoords="offset points",
+            ha="right" if is_right else "left",
             fontsize=9,
         )
     if max(everything) > 100:

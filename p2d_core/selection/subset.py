@@ -238,13 +238,11 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
     budget = max(1, round(spec.fraction * total))
     candidates, by_source = CORPUS, whole
     if spec.where is not None:
-        meeting = _meeting(scores, spec.where)
-        by_source = _counted(run, scores, meeting)
+        by_source = _counted(run, scores, _meeting(scores, spec.where))
         budget = _within(by_source, budget, total, spec.where, notes)
         if spec.at_random:
             by_source = whole
-        else:
-            candidates = meeting
+        candidates = candidates_of(scores, spec)
     replay = 0 if spec.at_random else min(round(spec.replay * budget), budget - 1)
     wanted = budget - replay
     parts = _parts(by_source, wanted, gates, spec, notes)
@@ -297,6 +295,13 @@ def _counted(run: Script, scores: Path, candidates: str) -> dict[str, dict[int, 
     for source, level, count in run.connection.execute(query, {"scores": str(scores)}).fetchall():
         by_source.setdefault(source, {})[level] = count
     return by_source
+
+
+def candidates_of(scores: Path, spec: SelectionSpec) -> str:
+    """The samples that may be chosen, for a FROM; ``$scores`` is the file."""
+    if spec.where is None or spec.at_random:
+        return CORPUS
+    return _meeting(scores, spec.where)
 
 
 def _meeting(scores: Path, where: str) -> str:

@@ -2,18 +2,23 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from p2d_core.errors import ArtifactError
+from p2d_core.store.in_use import keys_in_use
 from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.runs import read_summary, run_files
-from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable
+from p2d_core.store.store import ArtifactRef, Store, lineage_among, readable, strings_in
 
-UNENDED = 24 * 3600.0
+DAY = 24 * 3600.0
+COMPARISON = "comparison"
+"""Stage whose artifact is what a comparison says of itself; it has no summary among the runs."""
+UNENDED = DAY
 """Seconds for which the artifacts of a run without a summary count as needed."""
-ABANDONED = 7 * 24 * 3600.0
+ABANDONED = 7 * DAY
 """Seconds after which the checkpoints of a killed stage count as given up."""
 
 
@@ -26,15 +31,29 @@ class Removal:
     bytes: int
 
 
-def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
+def unneeded(
+    store: Store,
+    *,
+    keep_runs: int = 10,
+    keep_days: float = 0.0,
+    registered: Collection[str] = (),
+) -> list[Removal]:
     """What `remove` may take away; nothing is touched here.
 
-    Kept is every artifact that one of the newest ``keep_runs`` runs made, or names with all that it
-    was made from, and what a run that has not ended made within the last day. In a store without
-    any run's summary no whole artifact is removed: nothing says what is needed.
+    Kept is every artifact that a run to be kept made, or names with all that it was made from;
+    every registered one and every head map in use, with all that they were made from; and what a
+    run that has not ended made within the last day. A comparison counts as a run. In a store in
+    which no run has ended no whole artifact is removed: nothing says what is needed.
+
+    Args:
+        keep_runs: the newest so many runs are kept,
+        keep_days: and those that ended within so many days.
+        registered: keys of artifacts that somebody needs whatever run made them, such as those of
+            registered models; one that is not in this store is passed over.
 
     Raises:
-        ArtifactError: the summary of a run to be kept cannot be read.
+        ArtifactError: the summary of a run to be kept cannot be read, or which head maps are in
+            use.
     """
     removals = [
         Removal(folder, "left over: damaged, or its maker was killed", bytes_of(folder))
@@ -45,27 +64,38 @@ def unneeded(store: Store, *, keep_runs: int = 10) -> list[Removal]:
         Removal(folder, "checkpoints that nothing goes on from", bytes_of(folder))
         for folder in _stale_scratch(store)
     ]
-    runs = run_files(store)
+    whole: list[ArtifactRef] = []
+    damaged: list[ArtifactRef] = []
+    for ref in store.refs():
+        (whole if readable(ref) else damaged).append(ref)
+    runs = _runs(store, whole)
     if not runs:
         return removals
-    refs = {ref.key: ref for ref in store.refs()}
-    damaged = [ref for ref in refs.values() if not readable(ref)]
-    for ref in damaged:
-        del refs[ref.key]
-        removals.append(Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)))
-    needed = _needed(refs, runs[:keep_runs])
-    kept = {file.stem for file in runs[:keep_runs]}
-    ended = {file.stem for file in runs}
+    removals += [
+        Removal(ref.path, "its manifest is damaged", bytes_of(ref.path)) for ref in damaged
+    ]
+    kept_runs = [
+        run
+        for place, run in enumerate(runs)
+        if place < keep_runs or _age(run.file) < keep_days * DAY
+    ]
+    named_by_runs = {key for run in kept_runs for key in run.named()}
+    refs = {ref.key: ref for ref in whole}
+    needed = _with_lineage(refs, {*registered, *keys_in_use(store.root), *named_by_runs})
+    kept = {run.id for run in kept_runs}
+    ended = {run.id for run in runs}
 
     def is_needed(ref: ArtifactRef) -> bool:
         maker = ref.manifest.run_id
         unended = maker not in ended and _age(ref.path) < UNENDED
         return ref.key in needed or maker in kept or unended
 
+    why = (
+        f"no part of the {len(kept_runs)} runs to be kept, nor of a registered model or a head map "
+        "in use"
+    )
     return removals + [
-        Removal(ref.path, f"no part of the newest {keep_runs} runs", bytes_of(ref.path))
-        for ref in refs.values()
-        if not is_needed(ref)
+        Removal(ref.path, why, bytes_of(ref.path)) for ref in whole if not is_needed(ref)
     ]
 
 
@@ -89,12 +119,39 @@ def bytes_of(path: Path) -> int:
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
 
 
-def _needed(refs: Mapping[str, ArtifactRef], runs: Iterable[Path]) -> set[str]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One that has ended."""
+
+    id: str
+    file: Path
+    """Written when it ended."""
+    named: Callable[[], list[str]]
+    """Keys of the artifacts that it names."""
+
+
+def _runs(store: Store, refs: Iterable[ArtifactRef]) -> list[_Run]:
+    """Newest first."""
+    runs = [_Run(file.stem, file, partial(_keys_named, file)) for file in run_files(store)]
+    runs += [
+        _Run(ref.manifest.run_id, ref.path / MANIFEST, partial(_keys_compared, ref))
+        for ref in refs
+        if ref.stage == COMPARISON
+    ]
+    return sorted(runs, key=lambda run: run.file.stat().st_mtime_ns, reverse=True)
+
+
+def _keys_compared(ref: ArtifactRef) -> list[str]:
+    """A comparison and the artifacts of its arms, which stand in its settings."""
+    return [ref.key, *strings_in(ref.manifest.settings)]
+
+
+def _with_lineage(refs: Mapping[str, ArtifactRef], keys: Iterable[str]) -> set[str]:
+    """Those of the keys that are among the artifacts, with all that they were made from."""
     needed: set[str] = set()
-    for file in runs:
-        for key in _keys_named(file):
-            if key in refs and key not in needed:
-                needed.update(ref.key for ref in lineage_among(refs, refs[key]))
+    for key in keys:
+        if key in refs and key not in needed:
+            needed.update(ref.key for ref in lineage_among(refs, refs[key]))
     return needed
 
 
@@ -119,6 +176,6 @@ def _stale_scratch(store: Store) -> Iterator[Path]:
             yield folder
 
 
-def _age(folder: Path) -> float:
-    """Seconds since something was last put into it."""
-    return time.time() - folder.stat().st_mtime
+def _age(path: Path) -> float:
+    """Seconds since a file was written, or something was last put into a folder."""
+    return time.time() - path.stat().st_mtime

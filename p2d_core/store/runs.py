@@ -23,14 +23,22 @@ def keep_summary(store: Path, run_id: str, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     file.with_suffix(HASH).write_text(digest + "\n", encoding="utf-8")
-    file.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    file.with_suffix(".tmp").replace(file)
+    keep_file(file, text)
+
+
+def keep_file(file: Path, text: str) -> None:
+    """Writes a text that appears last, and whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
 
 
 def remove_unfinished(store: Path, run_id: str) -> None:
-    """What `keep_summary` leaves when it is killed."""
+    """What `keep_summary` and `keep_file` leave when they are killed."""
+    for folder in ("runs", "reports"):
+        (store / folder / f"{run_id}.tmp").unlink(missing_ok=True)
     file = store / "runs" / f"{run_id}.json"
-    file.with_suffix(".tmp").unlink(missing_ok=True)
     if not file.exists():
         file.with_suffix(HASH).unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SET_ASIDE = ".damaged-"
 STAGING = ".staging-"
-NOT_STAGES = ("mlflow", "prefect", "runs", "demo")
+NOT_STAGES = ("mlflow", "prefect", "runs", "reports", "demo")
 
 
 class ArtifactRef(BaseModel):

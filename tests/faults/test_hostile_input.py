@@ -32,10 +32,10 @@ from p2d_core.samples.source import SourceSpec
 from p2d_core.selection.where import checked_condition
 from p2d_core.store import Store
 from p2d_core.store.bounded_query import bounded_query
-from tasks.record import mlflow_uri
 from tasks.samples import read_source, refuse_too_many_rejected
 from tasks.stage import Runtime, SourceInput
 from tasks.summary import Summary
+from tasks.tracking.database import mlflow_uri
 from tests.demo_run import P2D
 from tests.faults.bad_inputs import Bad, Job, every_bad_input
 from tests.faults.quick_job import SmallJob

@@ -27,9 +27,10 @@ from p2d_core.store import Store
 from p2d_core.store.gc import bytes_of
 from p2d_core.store.room import check_room, free_bytes, storage_error
 from p2d_core.synthetic.world import BASE_FOLDER
-from tasks.record import prepare_tracking, record_run
+from tasks.record import record_run
 from tasks.room import SMALL, of_attention
 from tasks.stage import BaseModel, Runtime, stage
+from tasks.tracking.database import prepare_tracking
 from tests.faults.small_job import Ended, SmallJob, content_of
 from tests.faults.trials import trials
 from tests.small_store import fill, samples, summary

@@ -213,7 +213,7 @@ def test_the_ui_answers_on_loopback_and_takes_its_children_along(tmp_path: Path)
 
     import psutil
 
-    from tasks.record import prepare_tracking
+    from tasks.tracking.database import prepare_tracking
 
     prepare_tracking(tmp_path)
     command = [sys.executable, "-c", "from flows.cli.main import run; run()", "ui", "--no-open"]

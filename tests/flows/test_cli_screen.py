@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.cli.progress import StageProgress, duration, pace
-from flows.cli.screen import gain, show_summary
+from flows.cli.screen import show_summary
 from p2d_core.store import Store
+from tasks.verdict import gain
 from tests.small_store import fill, summary
 
 PICTURE = Text("layer 0  ·░█▓\nlayer 1  ·░▒▓")

@@ -87,6 +87,21 @@ def test_a_map_that_drifted_gives_way_to_the_mean_of_todays_draws(folder, first)
     assert "had drifted" in now.why
 
 
+def test_mlflow_has_the_series_over_time(store, first):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("p2d").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`p2d.drift` != ''")
+    assert run.info.run_name == "head map drift: target"
+    history = client.get_metric_history(run.info.run_id, "drift/spearman")
+    assert [point.step for point in history] == [2, 3, 8]
+    assert all(-1 <= point.value <= 1 for point in history)
+    replaced = client.get_metric_history(run.info.run_id, "drift/replaced")
+    assert [(point.step, point.value) for point in replaced] == [(1, 0), (2, 0), (3, 0), (8, 1)]
+    assert "has drifted" in run.data.tags["mlflow.note.content"]
+
+
 def test_a_target_without_samples_to_draw_anew_is_refused_before_anything_starts(tmp_path):
     write_world(tmp_path, seed=5)
     settings = load_settings(write_settings(tmp_path, limit=30))

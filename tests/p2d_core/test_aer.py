@@ -1,10 +1,14 @@
 """Costs add up, and the AER is what they add up to over full fine-tuning."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2d_core.aer import AER, Cost, Reference, machine_name, measured
+from p2d_core.aer import AER, Cost, Reference, in_turn, machine_name, measured
 
 costs = st.builds(
     Cost,
@@ -50,3 +54,19 @@ def test_aer_by_hand():
     aer = AER(stages, Reference("measured", 70.0))
     assert aer.ratio == pytest.approx(1 / 7)
     assert aer.speedup == pytest.approx(7)
+
+
+def test_waiting_for_another_threads_turn_is_no_cost():
+    lock = threading.RLock()
+    both_there = threading.Barrier(2)
+
+    def work(_: int) -> float:
+        both_there.wait()
+        with measured() as watch, in_turn(lock), in_turn(lock):
+            time.sleep(0.3)
+        return watch.cost.wall_seconds
+
+    with ThreadPoolExecutor(2) as pool:
+        taken = list(pool.map(work, range(2)))
+    # one of them came 0.3 s later to its turn
+    assert taken == pytest.approx([0.3, 0.3], abs=0.1)

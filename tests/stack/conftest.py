@@ -8,21 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from p2d_core.synthetic.world import BASE_FOLDER, write_world
+from tests.stack.quick import QUICK, write_home
 from tests.stack.servers import Stack, postgres_programs
 
 DEPLOYMENT = Path(__file__).parents[2] / "deployment.yaml"
-ROWS = {
-    "target.jsonl": 240, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 200,
-    "corpus/drills.jsonl": 300,
-}  # fmt: skip
-QUICK = {
-    "proxy": {"samples": 30, "held_out": 20, "epochs": 1},
-    "heads": {"ranker": "frobenius", "proxy_epochs": 1},
-    "training": {"epochs": 1, "checkpoint_seconds": 0.5},
-    "arms": {"random": False, "calibration_steps": 4},
-    "threads": 1,
-}
 SECONDS_TO_LIVE = 45
 
 
@@ -30,12 +19,7 @@ SECONDS_TO_LIVE = 45
 def home(tmp_path_factory) -> Path:
     """The folder that a worker starts in, with files where deployment.yaml looks for them."""
     folder = tmp_path_factory.mktemp("home")
-    write_world(folder / "whole", seed=3)
-    for name, rows in ROWS.items():
-        lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(lines[:rows]))
-    (folder / "base").symlink_to(BASE_FOLDER)
+    write_home(folder)
     return folder
 
 

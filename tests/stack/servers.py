@@ -20,6 +20,7 @@ import psutil
 BIN = Path(sys.executable).parent
 NOBODY = 65534
 """PostgreSQL does not start as root; so it is this user's where the tests are root's."""
+ACCOUNTS = Path(__file__).parents[2] / "docker/basic_auth.ini"
 HEALTHY = {"prefect": "/api/health", "mlflow": "/health"}
 
 
@@ -135,22 +136,19 @@ class Stack:
 
     def start_mlflow(self) -> None:
         self.ports["mlflow"] = free_port()
-        accounts = self.folder / "basic_auth.ini"
-        accounts.write_text(
-            "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
-            f"database_uri = {self.database('postgresql', 'mlflow')}\n"
-            "admin_username = admin\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        )
-        accounts.chmod(0o600)
         command = [
             str(BIN / "mlflow"), "server", "--app-name", "basic-auth", "--host", "127.0.0.1",
             "--port", str(self.ports["mlflow"]), "--workers", "1", "--serve-artifacts",
             "--artifacts-destination", str(self.folder / "mlartifacts"),
         ]  # fmt: skip
         environment = clean() | {
-            "MLFLOW_BACKEND_STORE_URI": self.database("postgresql", "mlflow"),
-            "MLFLOW_AUTH_CONFIG_PATH": str(accounts),
+            "MLFLOW_BACKEND_STORE_URI": "postgresql:///mlflow",
+            "PGHOST": "127.0.0.1",
+            "PGPORT": str(self.ports["postgres"]),
+            "PGUSER": "p2d",
+            "PGPASSWORD": self.password,
+            "MLFLOW_AUTH_CONFIG_PATH": str(ACCOUNTS),
+            "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(24),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

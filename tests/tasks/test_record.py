@@ -12,8 +12,10 @@ from sqlalchemy.exc import OperationalError
 from p2d_core.errors import P2DError, TransientError
 from p2d_core.selection.picture import draw_affinities
 from p2d_core.store import ArtifactRef, Store
-from tasks.record import flat, mlflow_uri, prepare_tracking, record, record_run
+from tasks.record import record, record_run
 from tasks.summary import Summary
+from tasks.tracking.database import mlflow_uri, prepare_tracking
+from tasks.tracking.run import flat
 from tests.small_store import fill, summary
 
 SETTINGS = {
@@ -131,6 +133,16 @@ def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeyp
     with pytest.raises(P2DError, match=r"MLflow at http://127\.0\.0\.1:9 did not take its record"):
         record.fn(summary(refs, "run-8"), settings, store=str(store.root))
     assert (store.root / "runs" / "run-8.json").exists()
+
+
+def test_the_server_of_the_environment_is_taken_where_the_settings_name_none(
+    store, refs, tmp_path, monkeypatch
+):
+    """So a worker records where its team looks, whatever settings a deployment has."""
+    other, third = (f"sqlite:///{tmp_path}/{name}.db" for name in ("team", "settings"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    assert record_run(summary(refs), {}, store=store.root)["tracking_uri"] == other
+    assert record_run(summary(refs), {}, store=store.root, uri=third)["tracking_uri"] == third
 
 
 def test_a_locked_database_is_worth_another_try(store, refs, monkeypatch):

@@ -1,54 +1,12 @@
 """Which samples a subset holds, and what it says of how they came in."""
 
-from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from p2d_core.errors import InputError, SettingsError
-from p2d_core.samples.schema import Sample, sample_id_of, to_table
-from p2d_core.selection.subset import SelectionSpec, select_subset
-
-
-class Corpus:
-    """A corpus with its scores: n samples, the first half of source a, the rest of source b."""
-
-    def __init__(
-        self, folder: Path, affinities: list[float], gates_passed: list[int] | None = None,
-        gates: int = 0, lengths: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        n = len(affinities)
-        self.folder = folder
-        self.samples = [
-            Sample(sample_id_of(f"p{i}", "r"), "a" if i < n / 2 else "b", f"p{i}", "r", i)
-            for i in range(n)
-        ]
-        pq.write_table(to_table(self.samples), folder / "corpus.parquet")
-        scores = pa.table(
-            {
-                "sample_id": pa.array([s.sample_id for s in self.samples], pa.string()),
-                "source": pa.array([s.source for s in self.samples], pa.string()),
-                "affinity": pa.array(affinities, pa.float64()),
-                "n_tokens": pa.array([9] * n, pa.int32()),
-                "n_response_tokens": pa.array(lengths or [3] * n, pa.int32()),
-                "gates_passed": pa.array(gates_passed or [0] * n, pa.int32()),
-            }
-        ).replace_schema_metadata({"gates": str(gates)})
-        pq.write_table(scores, folder / "scores.parquet")
-
-    def choose(self, proxy_lengths=(3,), **spec):
-        self.chosen = select_subset(
-            self.folder / "scores.parquet",
-            [self.folder / "corpus.parquet"],
-            list(proxy_lengths),
-            SelectionSpec(**spec),
-            self.folder,
-        )
-        table = pq.read_table(self.folder / "subset.parquet").to_pylist()
-        return {row["row"]: row["chosen_by"] for row in table}
+from p2d_core.selection.subset import SelectionSpec
+from tests.small_selection import Corpus
 
 
 def test_without_gates_the_highest_affinities_are_chosen(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from p2d_core.errors import ArtifactError
 from p2d_core.store import Making, Recipe, Store
 from p2d_core.store.gc import remove, unneeded
+from p2d_core.store.in_use import FILE, InUse, put_in_use
 from tests.small_store import fill, keep_run, put, summary
 
 
@@ -37,7 +38,9 @@ def test_what_only_older_runs_made_and_named_goes(store: Store):
     removals = unneeded(store, keep_runs=1)
     assert [removal.path for removal in removals] == [other.path]
     assert removals[0].bytes >= 1000
-    assert removals[0].why == "no part of the newest 1 runs"
+    assert removals[0].why == (
+        "no part of the 1 runs to be kept, nor of a registered model or a head map in use"
+    )
     assert list(remove(removals)) == removals
     assert not other.path.exists()
     assert store.find("model", refs["model"].key) is not None
@@ -112,3 +115,56 @@ def test_an_artifact_whose_manifest_is_damaged_goes_and_spoils_nothing(store: St
     assert [(removal.path, removal.why) for removal in removals] == [
         (refs["heads"].path, "its manifest is damaged")
     ]
+
+
+def test_what_is_registered_stays_with_all_it_was_made_from(store: Store):
+    refs = fill(store, run_id="older")
+    keep_run(store, summary(refs, "older"))
+    registered = [refs["subset"].key, "0" * 64]
+    gone = {removal.path for removal in unneeded(store, keep_runs=0, registered=registered)}
+    assert gone == {refs["model"].path, refs["evaluation"].path}
+
+
+def test_a_head_map_in_use_stays_with_all_it_was_made_from(store: Store):
+    """Runs that ask for it come once a week, others in between."""
+    refs = fill(store, run_id="older")
+    keep_run(store, summary(refs, "older"))
+    put_in_use(store.root, "b" * 64, "sums", InUse(refs["heads"].key, "2026-01-01", "first", 1))
+    gone = {removal.path for removal in unneeded(store, keep_runs=0)}
+    assert gone == {
+        refs[stage].path for stage in ("measurements", "scores", "subset", "model", "evaluation")
+    }
+    put_in_use(store.root, "b" * 64, "sums", InUse("e" * 64, "2026-01-08", "it drifted", 2))
+    assert refs["heads"].path in {removal.path for removal in unneeded(store, keep_runs=0)}
+
+
+def test_a_comparison_counts_as_a_run_that_names_the_artifacts_of_its_arms(store: Store):
+    refs = fill(store, run_id="older")
+    old(keep_run(store, summary(refs, "older")), days=3)
+    arm = {"arm": "a", "artifacts": {"subset": refs["subset"].key}}
+    comparison = put(store, "comparison", {"verdict.json": "[]"}, run_id="compared", runs=[arm])
+    rest = put(store, "evaluation", {"f": "x"}, run_id="compared")
+    for ref in (comparison, rest):
+        old(ref.path / "manifest.json", days=2)
+        old(ref.path, days=2)
+    gone = {removal.path for removal in unneeded(store, keep_runs=1)}
+    assert gone == {refs["model"].path, refs["evaluation"].path}
+    keep_run(store, summary(refs, "newer"))
+    gone = {removal.path for removal in unneeded(store, keep_runs=1)}
+    assert gone == {comparison.path, rest.path}
+
+
+def test_when_it_cannot_be_read_which_head_maps_are_in_use_nothing_goes(store: Store):
+    refs = fill(store, run_id="older")
+    keep_run(store, summary(refs, "older"))
+    (store.root / FILE).write_text("{")
+    with pytest.raises(ArtifactError, match="which head maps are in use"):
+        unneeded(store, keep_runs=0)
+
+
+def test_runs_of_the_last_days_are_kept_beside_the_newest(store: Store):
+    refs = fill(store, run_id="older")
+    old(keep_run(store, summary(refs, "older")), days=3)
+    keep_run(store, summary({"heads": put(store, "heads", {"f": "x"})}, "newer"))
+    assert unneeded(store, keep_runs=1, keep_days=4) == []
+    assert len(unneeded(store, keep_runs=1, keep_days=2)) == len(refs)

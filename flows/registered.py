@@ -1,0 +1,122 @@
+"""Which artifacts MLflow's registered models were made from: they stay as long as the version."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from p2d_core.errors import ArtifactError, ServiceError
+from p2d_core.store import Store
+from p2d_core.store.runs import read_summary, run_files
+from tasks.tracking.database import mlflow_uri, shown_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+PAGE = 1000
+LOGGED = re.compile("models:/(m-[0-9a-f]+)")
+"""Source of a version that was registered from a logged model."""
+SQLITE = "sqlite:///"
+KEY = "key"
+"""Tag of a logged model: the key of its `model` artifact; of a version: ``key.<stage>`` too."""
+NOTHING_REMOVED = "Which artifacts registered models need is not known, so nothing was removed."
+
+
+def registered_keys(store: Store, servers: Sequence[str]) -> set[str]:
+    """Keys of artifacts that a registered model version names, at the servers and in the store.
+
+    Args:
+        servers: MLflow servers beside the store's own database, which is looked at if it is there.
+
+    Raises:
+        ServiceError: one of them does not answer or refuses, or runs of this store were recorded
+            at a server and none is given.
+    """
+    if not servers and (elsewhere := _recorded_elsewhere(store)):
+        raise ServiceError(
+            f"runs of this store were recorded in MLflow at {', '.join(elsewhere)}, which this "
+            f"command was not told to ask. {NOTHING_REMOVED} Name the server with --mlflow URI or "
+            "MLFLOW_TRACKING_URI, by the address that it has from here."
+        )
+    uris = [*servers, mlflow_uri(store.root)] if _database(store).is_file() else servers
+    return {key for uri in dict.fromkeys(uris) for key in _keys_at(uri)}
+
+
+def _database(store: Store) -> Path:
+    return store.root / "mlflow" / "mlflow.db"
+
+
+def _recorded_elsewhere(store: Store) -> list[str]:
+    """What summaries of runs name beside the store's own database; a damaged one names nothing."""
+    found: dict[str, None] = {}
+    for file in run_files(store):
+        with suppress(ArtifactError, KeyError, TypeError, AttributeError):
+            uri = str(read_summary(file)["mlflow"]["tracking_uri"])
+            # a store that was moved still has its database, under another path
+            if not (uri.startswith(SQLITE) and _database(store).is_file()):
+                found[uri] = None
+    return list(found)
+
+
+def _keys_at(uri: str) -> set[str]:
+    # who waits for an answer wants to know within a minute that there is none
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for name in ("mlflow", "alembic"):
+        # what goes wrong is raised, and told once
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+            # to ask it would make it
+            raise FileNotFoundError("there is no such file")
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        return {key for version in _versions(client) for key in _keys_of(client, version)}
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        said = str(error).splitlines()[0].rstrip(".")[:300] if str(error) else type(error).__name__
+        raise ServiceError(
+            f"MLflow at {shown_uri(uri)} does not say which models are registered: "
+            f"{shown_uri(said)}. {NOTHING_REMOVED} Try again when it can be reached, with a user "
+            "who may read every model."
+        ) from error
+
+
+def _versions(client: MlflowClient) -> Iterator[ModelVersion]:
+    token = None
+    while True:
+        page = client.search_model_versions(max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _keys_of(client: MlflowClient, version: ModelVersion) -> list[str]:
+    from mlflow.exceptions import MlflowException
+
+    named = _keys_in(version.tags)
+    logged = LOGGED.fullmatch(version.source or "")
+    if named or logged is None:
+        return named
+    # registered by hand, from the page of a run's adapter
+    try:
+        return _keys_in(client.get_logged_model(logged[1]).tags)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        # deleted, and the version with it of no use
+        return []
+
+
+def _keys_in(tags: Mapping[str, str]) -> list[str]:
+    return [value for name, value in tags.items() if name == KEY or name.startswith(f"{KEY}.")]
