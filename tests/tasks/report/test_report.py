@@ -1,6 +1,5 @@
 """The report says the same as markdown and as HTML, fits, and shows hostile text as text."""
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -187,7 +186,3 @@ def test_text_is_cut_and_put_into_a_line():
     assert one_line("a\n\tb\x00c", 10) == "a b c"
     assert one_line("abcdef", 4) == "abc…"
     assert escaped("a|b <c> *d*") == "a\\|b &lt;c&gt; \\*d\\*"
-
-
-def test_the_summary_that_machines_read_is_of_the_same_run(page):
-    assert json.loads(page.summary.to_json())["run_id"] in as_html(page)
