@@ -172,6 +172,7 @@ def _mlflow(
 ) -> Iterator[tuple[MlflowClient, Experiment, dict[str, str]]]:
     """A client, the experiment, and how the two are called in a summary."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     is_local = server_of(uri) is None
     if is_local:
         prepare_tracking(store)
@@ -250,7 +251,7 @@ def _log_adapter(
     if gate is not None:
         gate = replace(gate, name=gate.name or registry.model_name(page.summary.name))
         known = registry.find_version(client, gate.name, model.key)
-    model_id = known.model_id if known is not None else None
+    model_id = known.tags.get(registry.MODEL_ID) if known is not None else None
     if model_id is None:
         logged = client.create_logged_model(
             experiment.experiment_id,

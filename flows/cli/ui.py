@@ -44,14 +44,14 @@ def ui(
         )
     if port is not None and not is_free(port):
         raise InputError(f"port {port} is busy. Leave --port out and a free one is taken.")
-    chosen = port or (USUAL_PORT if is_free(USUAL_PORT) else _any_free_port())
+    chosen = port or (USUAL_PORT if is_free(USUAL_PORT) else any_free_port())
     # both end the block below, so that no child stays behind; a shell's background jobs ignore
     # Ctrl-C unless told otherwise
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.default_int_handler)
-    server = _start(folder, chosen)
+    server = start_server(folder, chosen)
     try:
-        _wait_until_up(server, chosen, folder)
+        wait_until_up(server, chosen, folder)
         address = f"http://{HOST}:{chosen}/{_adaptations(chosen)}"
         typer.echo(f"MLflow: {address}   (runs of {folder.parent}; Ctrl-C stops it)")
         if not no_open:
@@ -63,7 +63,7 @@ def ui(
     except KeyboardInterrupt:
         typer.echo("\nstopped")
     finally:
-        _stop(server)
+        stop_server(server)
 
 
 def is_free(port: int) -> bool:
@@ -80,7 +80,8 @@ def is_free(port: int) -> bool:
     return True
 
 
-def _any_free_port() -> int:
+def any_free_port() -> int:
+    """On the loopback address."""
     import socket
 
     with socket.socket() as trial:
@@ -88,7 +89,8 @@ def _any_free_port() -> int:
         return int(trial.getsockname()[1])
 
 
-def _start(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """MLflow over the database and the files in a store's folder `mlflow`."""
     command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
@@ -127,7 +129,8 @@ def _adaptations(port: int) -> str:
     return address(ours[0]["experiment_id"]) if ours else ""
 
 
-def _wait_until_up(server: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+def wait_until_up(server: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+    """Raises P2DError with what the server said if it does not come up."""
     from urllib.error import URLError
     from urllib.request import ProxyHandler, build_opener
 
@@ -154,7 +157,8 @@ def _said(folder: Path) -> str:
     return "\n".join([f" It said, in {log}:", *last])
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """The server and its children."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, sign)

@@ -117,8 +117,7 @@ def _headline(page: Page, links: Iterable[tuple[str, str]]) -> list[str]:
         " · ".join(
             [
                 *(f"[{words}]({address})" for words, address in links),
-                f"{escaped(summary.base)} adapted to **{escaped(summary.target)}** by "
-                f"{escaped(page.user)}, {escaped(page.when)}",
+                f"{escaped(page.title)} by {escaped(page.user)}, {escaped(page.when)}",
                 f"reused: {escaped(page.reused_text)}",
                 *([escaped(page.registered_text)] if page.registered_text else []),
             ]

@@ -31,6 +31,9 @@ N_SHOWN = 20
 """Chosen samples that are shown from each end."""
 LONGEST_TEXT = 300
 """Characters of a shown sample."""
+LONGEST_NAME = 60
+LONGEST_FACT = 200
+"""Characters of a line."""
 MOST_SOURCES = 12
 MOST_NOTES = 8
 MOST_ARTIFACTS = 30
@@ -81,6 +84,14 @@ class Page:
     lineage: Sequence[Made]
     curves: Mapping[str, list[dict[str, float]]]
     """Loss curves by artifact: what `loss.json` holds."""
+
+    @property
+    def title(self) -> str:
+        """Base and target."""
+        base, target = (
+            one_line(name, LONGEST_NAME) for name in (self.summary.base, self.summary.target)
+        )
+        return f"{base} adapted to {target}"
 
     @property
     def heads_text(self) -> str:
@@ -154,7 +165,7 @@ class Page:
         ]
         if self.registered_text:
             facts.append(("model version", self.registered_text))
-        return facts
+        return [(name, one_line(value, LONGEST_FACT)) for name, value in facts]
 
     @property
     def arms(self) -> list[tuple[str, str, str, str, str]]:
@@ -186,7 +197,10 @@ class Page:
             counted = counted[: MOST_SOURCES - 1]
             name = f"{len(rest)} others"
             counted.append((name, sum(one[1] for one in rest), sum(one[2] for one in rest)))
-        return [(name, f"{n:,}", f"{of:,}", percent(n, of)) for name, n, of in counted]
+        return [
+            (one_line(name, LONGEST_NAME), f"{n:,}", f"{of:,}", percent(n, of))
+            for name, n, of in counted
+        ]
 
     @property
     def notes(self) -> list[str]:
@@ -196,7 +210,7 @@ class Page:
         notes += summary.selection.notes
         if len(notes) > MOST_NOTES:
             notes = [*notes[: MOST_NOTES - 1], f"{len(notes) - MOST_NOTES + 1} more in the summary"]
-        return notes
+        return [one_line(note, LONGEST_FACT) for note in notes]
 
 
 def gather(summary: Summary, refs: Mapping[str, ArtifactRef], folder: Path) -> Page:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 MOVED, BY_HAND = "champion_moved", "made champion by hand"
+MODEL_ID = "logged_model"
+"""Tag of a version: the logged model that holds its files; MLflow's SQL registry does not say."""
 LONGEST_NAME = 200
 LONGEST_DESCRIPTION = 5000
 """Characters that MLflow's database takes."""
@@ -165,28 +167,15 @@ def register(
     name = gate.name or model_name(summary.name)
     _make_model(client, name, summary.target)
     new = measured(summary.quality, refs.get("evaluation_p2d_target"))
-    # models:/<id> as source is looked up on MLflow's global server, which may be another one
-    source = client.get_logged_model(model_id).artifact_location
-    version = known or client.create_model_version(name, source, run_id=run_id, model_id=model_id)
     champion = _champion(client, name)
-    if champion is not None and str(champion.version) == str(version.version):
-        by_us = champion.tags.get(MOVED) == "true"
-        moves, why = True, champion.tags["champion_why"] if by_us else BY_HAND
+    present = str(champion.version) if champion is not None else ""
+    is_champion = known is not None and present == str(known.version)
+    held = champion.tags if champion is not None else {}
+    if is_champion:
+        moves, why = True, held["champion_why"] if held.get(MOVED) == "true" else BY_HAND
     else:
-        moves, why = judge(
-            new,
-            summary.quality.base,
-            gate.margin,
-            Measured.of_tags(champion.tags) if champion is not None else None,
-            str(champion.version) if champion is not None else "",
-        )
-    done = RegisteredSummary(
-        name=name,
-        version=str(version.version),
-        reused=known is not None,
-        champion=moves,
-        why=why,
-    )
+        base = summary.quality.base
+        moves, why = judge(new, base, gate.margin, Measured.of_tags(held), present)
     tags = new.as_tags() | {
         "quality_base": repr(summary.quality.base),
         MOVED: json.dumps(moves and why != BY_HAND),
@@ -194,27 +183,39 @@ def register(
         "base_model": summary.base,
         "target": summary.target,
         "p2d.run_id": summary.run_id,
+        MODEL_ID: model_id,
     }
     tags |= {f"key.{each}": refs[each].key for each in NAMED if each in refs}
-    for key, value in tags.items():
-        if version.tags.get(key) != value:
-            client.set_model_version_tag(name, version.version, key, value)
-    client.update_model_version(name, version.version, description(page, refs, done))
-    client.set_registered_model_alias(name, CHALLENGER, version.version)
-    if moves:
-        client.set_registered_model_alias(name, CHAMPION, version.version)
-    return done
+    text = description(page, refs, moves, why)
+    if known is None:
+        # models:/<id> as source is looked up on MLflow's global server, which may be another one
+        source = client.get_logged_model(model_id).artifact_location
+        version = client.create_model_version(
+            name, source, run_id=run_id, tags=tags, description=text, model_id=model_id
+        ).version
+    else:
+        version = known.version
+        for key, value in tags.items():
+            if known.tags.get(key) != value:
+                client.set_model_version_tag(name, version, key, value)
+        client.update_model_version(name, version, text)
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    if moves and not is_champion:
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return RegisteredSummary(
+        name=name, version=str(version), reused=known is not None, champion=moves, why=why
+    )
 
 
-def description(page: Page, refs: Mapping[str, ArtifactRef], done: RegisteredSummary) -> str:
+def description(page: Page, refs: Mapping[str, ArtifactRef], is_champion: bool, why: str) -> str:
     """What the version's page says: which data and heads made it, and what of the champion."""
     summary = page.summary
-    aliased = "Champion" if done.champion else "Not champion"
+    aliased = "Became champion" if is_champion else "Did not become champion"
     lines = [
         f"**{escaped(summary.base)} adapted to {escaped(summary.target)}**: "
         f"{escaped(page.quality_text)}, AER {escaped(page.aer_text)}.",
         "",
-        f"**{aliased}**: {escaped(done.why)}.",
+        f"**{aliased}**: {escaped(why)}.",
         "",
         f"**Heads**: {escaped(page.heads_text)}. **Data**: {escaped(page.data_text)}.",
         *table(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2d_core.errors import ArtifactError
 from p2d_core.store import ArtifactRef
+from tasks.report.markdown import escaped
 from tasks.report.page import Page, user
 from tasks.summary import ARMS
 from tasks.tracking.views import GROUP, KIND
@@ -78,8 +79,6 @@ def write_arms(
     tags: Mapping[str, str],
 ) -> None:
     """A finished run for each arm but P2D's, with the numbers that charts compare."""
-    from mlflow.entities import RunTag
-
     summary = page.summary
     for arm, name, trained, _, _ in page.arms:
         if arm == "p2d":
@@ -87,13 +86,13 @@ def write_arms(
         ref = refs.get(ARM_REFS.get(arm, ""))
         described = common_tags(page) | {KIND: "arm", "arm": name, "trained": trained}
         described |= {f"key.{ref.stage}": ref.key} if ref is not None else {}
+        note = f"**{name}** ({trained}), beside {escaped(summary.name)} {summary.run_id}."
+        described |= {"mlflow.note.content": note}
         title = f"{name}, {summary.name} {summary.run_id}"
         run = client.create_run(experiment_id, run_name=title, tags=described | dict(tags))
-        note = f"**{name}** ({trained}), beside {summary.name} {summary.run_id}."
         metrics = _arm_metrics(page, arm, ref)
         for batch in batches(metrics, 1000):
             client.log_batch(run.info.run_id, metrics=batch)
-        client.log_batch(run.info.run_id, tags=[RunTag("mlflow.note.content", note)])
         end(client, run.info.run_id)
 
 

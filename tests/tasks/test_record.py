@@ -15,7 +15,8 @@ from p2d_core.store import ArtifactRef, Store
 from tasks.record import record, record_run
 from tasks.summary import Summary
 from tasks.tracking.database import mlflow_uri, prepare_tracking
-from tasks.tracking.run import flat
+from tasks.tracking.run import bar, flat
+from tasks.tracking.views import COLUMNS, TABLE, VIEW, preset
 from tests.small_store import fill, summary
 
 SETTINGS = {
@@ -87,14 +88,22 @@ def test_tags_let_a_team_filter(recorded, client, refs):
     assert [run.info.run_id for run in found] == [recorded["run_id"]]
 
 
-def test_pictures_and_the_summary_are_attached(recorded, client, store):
+def test_report_pictures_settings_and_summary_are_attached(recorded, client, store):
     files = {file.path for file in client.list_artifacts(recorded["run_id"])}
     pictures = {f"{name}.png" for name in ("heads", "affinities", "sources", "aer", "quality")}
-    assert files == pictures | {"loss.png", "summary.json"}
+    others = {"loss.png", "summary.json", "settings.yaml", "report.html", "images"}
+    assert files == pictures | others
     kept = store.root / "mlflow" / "artifacts" / recorded["run_id"] / "artifacts"
     assert Summary.model_validate_json((kept / "summary.json").read_text()).name == "sums"
     for name in ("affinities", "loss"):
         assert (kept / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_lies_in_the_store_as_it_does_in_mlflow(recorded, store):
+    there = store.root / "mlflow" / "artifacts" / recorded["run_id"] / "artifacts/report.html"
+    kept = store.root / "reports/run-1.html"
+    assert kept.read_text() == there.read_text()
+    assert recorded["run_id"] in kept.read_text()
 
 
 def test_the_adapter_is_a_logged_model_and_nothing_is_pickled(recorded, client, store, refs):
@@ -102,14 +111,95 @@ def test_the_adapter_is_a_logged_model_and_nothing_is_pickled(recorded, client, 
     model = client.get_logged_model(outputs.model_outputs[0].model_id)
     assert (model.status, model.tags["key"]) == ("READY", refs["model"].key)
     files = [file for file in (store.root / "mlflow" / "artifacts").rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} == {".png", ".json", ".safetensors"}
+    plain = {".png", ".webp", ".json", ".yaml", ".html", ".safetensors"}
+    assert {file.suffix for file in files} == plain
+
+
+def test_every_arm_is_a_sibling_of_the_same_group(recorded, client, refs):
+    main = client.get_run(recorded["run_id"])
+    experiment = main.info.experiment_id
+    group = f"tags.`p2d.group` = '{main.data.tags['p2d.group']}'"
+    runs = client.search_runs([experiment], group)
+    by_arm = {run.data.tags["arm"]: run for run in runs}
+    assert {arm: run.data.metrics["quality"] for arm, run in by_arm.items()} == {
+        "P2D": 0.75,
+        "base model": 0.05,
+        "random subset": 0.2,
+        "full fine-tuning": 0.5,
+    }
+    assert not any("mlflow.parentRunId" in run.data.tags for run in runs)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert by_arm["random subset"].data.metrics["retention"] == 0.8
+
+
+def test_the_table_has_a_cell_for_all_that_a_reader_asks(recorded, client):
+    run = client.get_run(recorded["run_id"])
+    tags, metrics = run.data.tags, run.data.metrics
+    assert (tags["target"], tags["base_model"], tags["reused"]) == ("sums", "tiny", "proxy")
+    assert (tags["heads"], tags["data"]) == ("1/4 (25.0%)", "4/40 (10.0%)")
+    assert metrics["quality gain"] == pytest.approx(0.7)
+    # 2, 1, 3, 0.5 and 4 seconds of 50 end at 0.8, 1.2, 2.4, 2.6 and 4.2 characters of 20
+    assert tags["AER parts"] == "░▓│█" + "·" * 16
+    for column, _ in COLUMNS:
+        kind, name = column.split(".", 1)
+        there = {"tags": tags, "metrics": metrics, "attributes": {"User"}}[kind]
+        assert name.strip("`") in there
+
+
+def test_the_bar_of_the_stages_is_cut_where_p2d_took_longer_than_full_fine_tuning():
+    assert bar({"proxy": 5.0, "model": 5.0}, 20.0) == "░" * 5 + "█" * 5 + "·" * 10
+    assert bar({"proxy": 500.0, "model": 5.0}, 20.0) == "░" * 40
+    assert bar({"proxy": 1.0}, 0.0) == ""
+
+
+def test_the_views_are_set_once_and_again_when_someone_spoilt_them(recorded, client):
+    def views():
+        tags = client.get_experiment_by_name("p2d").tags
+        return {key: value for key, value in tags.items() if key.startswith(VIEW)}
+
+    before = views()
+    assert {json.loads(value)["name"] for value in before.values()} == {
+        "P2D: adaptations", "P2D: arms of adaptations", "P2D: arms of comparisons",
+    }  # fmt: skip
+    experiment = client.get_experiment_by_name("p2d")
+    client.set_experiment_tag(experiment.experiment_id, VIEW + TABLE, "spoilt")
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "ours")
+    preset(client, client.get_experiment_by_name("p2d"))
+    assert views() == before
+    assert client.get_experiment_by_name("p2d").tags["mlflow.note.content"] == "ours"
 
 
 def test_the_note_says_what_came_of_it(recorded, client):
     note = client.get_run(recorded["run_id"]).data.tags["mlflow.note.content"]
-    assert "| p2d | 0.7500 | 0.8500 |" in note
-    assert "**AER** 0.210 cold (4.8x)" in note
+    first = note.splitlines()[0]
+    for words in ("exact match 0.050 → 0.750", "AER 0.210", "4.8x", "1 of 4 heads", "10.0% of"):
+        assert words in first, first
+    assert f"/runs/{recorded['run_id']}/artifacts/report.html" in note
+    assert f"get-artifact?path=heads.png&run_uuid={recorded['run_id']}" in note
     assert "the consistency gate was relaxed" in note
+
+
+def test_the_server_that_the_environment_names_is_taken(store, refs, tmp_path, monkeypatch):
+    elsewhere = f"sqlite:///{tmp_path / 'other.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    done = record_run(summary(refs, "run-9"), {}, store=store.root)
+    assert done["tracking_uri"] == elsewhere
+    assert MlflowClient(elsewhere).get_run(done["run_id"]).data.metrics["AER"] == 0.21
+    given = mlflow_uri(store.root)
+    assert record_run(summary(refs), {}, store=store.root, uri=given)["tracking_uri"] == given
+
+
+def test_the_settings_are_kept_without_a_password(store, refs, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    secret = {"uri": "http://me:secret@127.0.0.1:9", "experiment": "p2d", "tags": {}}
+    with pytest.raises(P2DError) as told:
+        record.fn(summary(refs, "run-10"), {"tracking": secret}, store=str(store.root))
+    assert "secret" not in str(told.value)
+    for folder in ("runs", "reports"):
+        for file in (store.root / folder).glob("run-10.*"):
+            assert "secret" not in file.read_text()
+    assert "http://127.0.0.1:9" in (store.root / "runs/run-10.yaml").read_text()
 
 
 def test_the_git_commit_is_a_tag_only_in_a_repository(store, refs, client, tmp_path, monkeypatch):
@@ -133,6 +223,7 @@ def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeyp
     with pytest.raises(P2DError, match=r"MLflow at http://127\.0\.0\.1:9 did not take its record"):
         record.fn(summary(refs, "run-8"), settings, store=str(store.root))
     assert (store.root / "runs" / "run-8.json").exists()
+    assert "exact match" in (store.root / "reports" / "run-8.html").read_text()
 
 
 def test_the_server_of_the_environment_is_taken_where_the_settings_name_none(
