@@ -27,7 +27,7 @@ Curves = Mapping[str, list[dict[str, float]]]
 LONGEST_PARAM = 6000
 CURVE_POINTS = 1000
 BAR = 20
-"""Characters of the bar that stands for full fine-tuning."""
+"""Characters of the bar of a run's stages."""
 TERM_CHARACTERS = {"proxy": "░", "heads": "▒", "scores": "▓", "subset": "│", "model": "█"}
 ARM_REFS = {"proxy": "head_proxy", "random": "model_random", "full": "model_full"}
 """What was trained in an arm."""
@@ -124,15 +124,17 @@ def common_tags(page: Page) -> dict[str, str]:
 
 
 def bar(stages: Mapping[str, float], full_seconds: float) -> str:
-    """Seconds by stage as a stacked bar of characters, 20 of which are full fine-tuning."""
-    if full_seconds <= 0:
+    """Seconds by stage as a stacked bar of 20 characters, which are full fine-tuning.
+
+    Where P2D took longer, they are P2D.
+    """
+    whole = max(full_seconds, sum(stages.values()))
+    if whole <= 0:
         return ""
-    drawn, end_of_last, done = "", 0, 0.0
+    drawn, done = "", 0.0
     for term, seconds in stages.items():
         done += seconds
-        here = min(2 * BAR, round(BAR * done / full_seconds))
-        drawn += TERM_CHARACTERS.get(term, "?") * (here - end_of_last)
-        end_of_last = here
+        drawn += TERM_CHARACTERS.get(term, "?") * (round(BAR * done / whole) - len(drawn))
     return drawn + "·" * (BAR - len(drawn))
 
 

@@ -35,7 +35,7 @@ COLUMNS = (
     ("tags.`reused`", 100),
 )
 """Of the adaptations: column, width in pixels. All fit on a screen of 1,900."""
-FIRST_COLUMNS = (("attributes.`Run Name`", 165), ("runDateAndNestInfo", 135))
+FIRST_COLUMNS = (("attributes.`Run Name`", 160), ("runDateAndNestInfo", 140))
 """Those that MLflow always shows: name, and when it was created."""
 ARM_CHARTS = (
     ("Quality of the arms", "BAR", "quality"),
@@ -106,7 +106,7 @@ def _note(experiment_id: str) -> str:
     return (
         f"**P2D** {links}\n\n"
         "AER parts: ░ proxy run, ▒ head ranking, ▓ scoring, │ selection, █ training; "
-        "20 characters are full fine-tuning on the whole corpus.\n"
+        "the whole bar is full fine-tuning on the whole corpus, or P2D where that took longer.\n"
     )
 
 
@@ -116,8 +116,11 @@ def _views() -> dict[str, tuple[str, dict[str, Any]]]:
     table = {"selectedColumns": columns, "columnWidths": widths, "columnOrder": list(widths)}
     return {
         TABLE: ("P2D: adaptations", _state("adaptation") | table),
-        ARMS: ("P2D: arms of adaptations", _state("arms") | _charts(ARM_CHARTS)),
-        COMPARED: ("P2D: arms of comparisons", _state("compared") | _charts(COMPARED_CHARTS)),
+        ARMS: ("P2D: arms of adaptations", _state("arms") | _charts(ARM_CHARTS, OTHER_SECTIONS)),
+        COMPARED: (
+            "P2D: arms of comparisons",
+            _state("compared") | _charts(COMPARED_CHARTS, OTHER_SECTIONS[-2:]),
+        ),
     }
 
 
@@ -135,11 +138,11 @@ def _state(what: str) -> dict[str, Any]:
     }
 
 
-def _charts(given: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
+def _charts(given: tuple[tuple[str, str, str], ...], folded: tuple[str, ...]) -> dict[str, Any]:
     names = list(dict.fromkeys(section for section, _, _ in given))
     sections = [
         {"uuid": f"p2d-{name}", "name": name, "display": name in names}
-        for name in (*names, *OTHER_SECTIONS)
+        for name in (*names, *folded)
     ]
     charts = []
     for n, (section, kind, key) in enumerate(given):
