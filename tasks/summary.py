@@ -151,6 +151,24 @@ class Summary(BaseModel):
     planned: Plan | None = None
     """What `p2d plan` said of such a run, if it was asked."""
 
+    @property
+    def planned_seconds(self) -> dict[str, float]:
+        """What was planned for each stage that was computed; empty without a plan."""
+        stages = self.planned.stages if self.planned is not None else []
+        planned = {stage.name: stage.seconds or stage.cold_seconds for stage in stages}
+        computed = [line.name for line in self.stages if not line.reused]
+        return {name: planned[name] for name in computed if name in planned}
+
+    @property
+    def planned_text(self) -> str:
+        """Such as 92.6 s for what was computed, it took 100.9 s (109%); empty without a plan."""
+        planned = self.planned_seconds
+        whole = sum(planned.values())
+        took = sum(line.seconds for line in self.stages if line.name in planned)
+        if not whole:
+            return ""
+        return f"{whole:,.1f} s for what was computed, it took {took:,.1f} s ({took / whole:.0%})"
+
     def to_json(self) -> str:
         """Indented JSON."""
         return self.model_dump_json(indent=2) + "\n"

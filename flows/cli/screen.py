@@ -34,7 +34,7 @@ def show_summary(summary: Summary, head_map_text: Text | None, console: Console)
 
 
 def _stages(summary: Summary, console: Console) -> None:
-    planned = planned_seconds(summary)
+    planned = summary.planned_seconds
     columns = ["stage", ">seconds", "", ">when first made"]
     table = _table(*columns, *([">planned"] if planned else []))
     for line in summary.stages:
@@ -52,26 +52,7 @@ def _stages(summary: Summary, console: Console) -> None:
         table.add_row(Text("whole run", "bold"), Text(_seconds(summary.seconds), "bold"), "", "")
     _section(console, "Stages", table)
     if planned:
-        took = sum(line.seconds for line in summary.stages if line.name in planned)
-        all_planned = sum(planned.values())
-        _say(
-            console,
-            f"Planned for what was computed: {_seconds(all_planned)} s; it took {_seconds(took)} s "
-            f"({took / all_planned:.0%} of the plan).",
-            style="dim",
-        )
-
-
-def planned_seconds(summary: Summary) -> dict[str, float]:
-    """What was planned for each stage that was computed; empty without a plan."""
-    if summary.planned is None:
-        return {}
-    planned = {stage.name: stage.cold_seconds for stage in summary.planned.stages}
-    return {
-        line.name: planned[line.name]
-        for line in summary.stages
-        if not line.reused and line.name in planned
-    }
+        _say(console, f"Planned: {summary.planned_text}.", style="dim")
 
 
 def _heads(summary: Summary, picture: Text | None, console: Console) -> None:

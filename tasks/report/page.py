@@ -163,6 +163,8 @@ class Page:
             ("reused", self.reused_text),
             ("run", f"{summary.run_id}, by {self.user}, {self.when}, on {self.machine}"),
         ]
+        if summary.planned_text:
+            facts.append(("planned", summary.planned_text))
         if self.registered_text:
             facts.append(("model version", self.registered_text))
         return [(name, one_line(value, LONGEST_FACT)) for name, value in facts]

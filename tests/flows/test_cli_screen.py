@@ -10,6 +10,7 @@ from rich.text import Text
 from flows.cli.progress import StageProgress, duration, pace
 from flows.cli.screen import show_summary
 from p2d_core.store import Store
+from tasks.planned import Plan, PlannedStage
 from tasks.verdict import gain
 from tests.small_store import fill, summary
 
@@ -45,6 +46,22 @@ def test_everything_a_newcomer_wants_is_there(refs):
     assert "speedup 4.8x 100.0x" in text
     for command in ("p2d ui", "p2d config -o my.yaml", "p2d adapt my.yaml", "p2d artifacts ls"):
         assert command in text
+
+
+def test_what_was_planned_stands_beside_what_was_computed(refs):
+    done = summary(refs)
+    stages = {"proxy": 1.5, "heads": 0.3, "model": 0.2}
+    done.planned = Plan.model_construct(
+        stages=[
+            PlannedStage(name=name, state="new", seconds=s, cold_seconds=s, spread_seconds=0)
+            for name, s in stages.items()
+        ]
+    )
+    text = flat(screen(done))
+    assert "proxy 0.1 reused 2.0 heads 0.1 computed 1.0 0.3 scores 0.1 computed 3.0 subset" in text
+    assert "model 0.1 computed 4.0 0.2" in text
+    assert "Planned: 0.5 s for what was computed, it took 0.2 s (40%)." in text
+    assert "lanned" not in screen(summary(refs))
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
