@@ -214,7 +214,7 @@ def _write(
         ("Arms side by side", views.address(experiment.experiment_id, views.ARMS)),
     ]
     if (done := summary.registered) is not None:
-        links.append(("Model version", f"#/models/{done.name}/versions/{done.version}"))
+        links.append(("Model version", views.version_address(done.name, done.version)))
     picture = f"get-artifact?path={{name}}.png&run_uuid={run_id}"
     note = RunTag("mlflow.note.content", as_note(page, links, picture))
     named = {"model_version": f"{done.name} {done.version}"} if done is not None else {}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tasks.report.page import Chosen, Page, one_line
-from tasks.verdict import TERM_NAMES, gain, times, verdict
+from tasks.verdict import TERM_NAMES, times, verdict
 
 LONGEST_NOTE = 8000
 """Characters that MLflow takes for a tag of a run."""
@@ -110,7 +110,7 @@ def _headline(page: Page, links: Iterable[tuple[str, str]]) -> list[str]:
     quality = summary.quality
     return [
         f"**{escaped(page.metric)} {quality.base:.3f} → {quality.p2d:.3f}** "
-        f"({gain(quality, 'base'):+.3f}) · **AER {aer.cold:.3f}** ({times(aer.speedup)}) · "
+        f"({page.gain_text}) · **AER {aer.cold:.3f}** ({times(aer.speedup)}) · "
         f"{summary.heads.selected} of {summary.heads.total} heads · {page.share} of the data · "
         f"{moving.parameters:,} parameters ({moving.share_of_model:.1%})",
         "",

@@ -120,8 +120,13 @@ class Page:
     def quality_text(self) -> str:
         """Before, after, and by how much that is better."""
         quality = self.summary.quality
-        better = gain(quality, "base")
-        return f"{self.metric} {quality.base:.3f} → {quality.p2d:.3f} ({better:+.3f})"
+        return f"{self.metric} {quality.base:.3f} → {quality.p2d:.3f} ({self.gain_text})"
+
+    @property
+    def gain_text(self) -> str:
+        """Over the base, whatever direction is better."""
+        better = gain(self.summary.quality, "base")
+        return f"better by {better:.3f}" if better >= 0 else f"worse by {-better:.3f}"
 
     @property
     def aer_text(self) -> str:

@@ -80,6 +80,11 @@ def run_address(experiment_id: str, run_id: str, page: str = "") -> str:
     return f"#/experiments/{experiment_id}/runs/{run_id}{file}?workflowType=machine_learning"
 
 
+def version_address(name: str, version: str) -> str:
+    """Of a model version, relative to the MLflow server."""
+    return f"#/models/{quote(name)}/versions/{version}?workflowType=machine_learning"
+
+
 def preset(client: MlflowClient, experiment: Experiment) -> None:
     """Sets the views, and the note where there is none; what is as it should be is left alone."""
     tags = experiment.tags

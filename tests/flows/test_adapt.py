@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.adapt import run_adapt
-from flows.settings import parse_settings
+from flows.settings import load_settings, parse_settings
 from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
@@ -89,6 +89,22 @@ def test_a_second_run_reuses_everything(job):
     assert again.quality == job.first.quality
     assert again.aer.cold == pytest.approx(job.first.aer.cold)
     assert again.aer.this_run < job.first.aer.this_run
+
+
+def test_the_settings_that_a_run_keeps_run_it_again(job):
+    file = job.store / "runs" / f"{job.first.run_id}.yaml"
+    assert f"/runs/{file.name}" in job.first.command
+    assert load_settings(file) == parse_settings(job.values, job.folder / "run.yaml")
+    assert computed(run_adapt(load_settings(file), store=job.store)) == []
+
+
+def test_the_adapter_is_registered_once_and_the_report_of_each_run_is_kept(job):
+    again = job.run()
+    first = job.first.registered
+    assert (first.name, first.version, first.reused) == ("small", "1", False)
+    assert (again.registered.version, again.registered.reused) == ("1", True)
+    for done in (job.first, again):
+        assert done.run_id in (job.store / "reports" / f"{done.run_id}.html").read_text()
 
 
 def test_another_budget_recomputes_from_the_subset_on(job):

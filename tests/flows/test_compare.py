@@ -1,7 +1,10 @@
 """`p2d compare` on a small job: shared stages, failed arms, the tables."""
 
+from collections import Counter
+
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from flows.cli.compare import show
 from flows.compare import grid_of, run_compare
@@ -11,6 +14,7 @@ from p2d_core.comparison.picture import PICTURE
 from p2d_core.errors import InputError, SettingsError
 from p2d_core.store import Store
 from p2d_core.store.query import open_reader
+from tasks.tracking.database import mlflow_uri
 from tests.flows.test_adapt import Job
 
 GRID = {
@@ -48,6 +52,27 @@ def test_stages_that_arms_share_are_computed_once(compared):
     made = {stage: len(list(store.refs(stage))) for stage in ("proxy", "heads", "scores")}
     # one proxy run and one frobenius map a seed; random heads need no proxy run
     assert made == {"proxy": 2, "heads": 4, "scores": 2 * (2 + 1)}
+
+
+def test_the_arms_are_siblings_in_mlflow_and_the_verdict_is_a_note(compared):
+    job, _, made = compared
+    client = MlflowClient(mlflow_uri(job.store))
+    (experiment,) = client.search_experiments(filter_string="name = 'p2d'")
+    group = f"tags.`p2d.group` = '{made.key[:12]}'"
+    runs = client.search_runs([experiment.experiment_id], group)
+    kinds = Counter(run.data.tags["p2d.kind"] for run in runs)
+    labels = {run.arm.label for run in read(made.path)[0]}
+    assert kinds == {"compared": len(labels), "comparison": 1}
+    by_name = {run.info.run_name.removesuffix(", small"): run for run in runs}
+    for label in labels:
+        failed = "diverging" in label
+        assert by_name[label].info.status == ("FAILED" if failed else "FINISHED")
+        assert ("quality" in by_name[label].data.metrics) != failed
+    (verdict,) = [run for run in runs if run.data.tags["p2d.kind"] == "comparison"]
+    note = verdict.data.tags["mlflow.note.content"]
+    assert "Does head-activation choose better data than random?" in note
+    assert "2 of 2 failed" in note
+    assert "comparison.png" in {file.path for file in client.list_artifacts(verdict.info.run_id)}
 
 
 def test_a_failed_arm_is_a_row_and_takes_no_other_with_it(compared):

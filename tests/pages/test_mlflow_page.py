@@ -18,7 +18,7 @@ from tasks.record import record_comparison
 from tasks.stage import Runtime
 from tasks.summary import Summary
 from tasks.tracking.database import prepare_tracking
-from tasks.tracking.views import ARMS, COMPARED, TABLE, address, run_address
+from tasks.tracking.views import ARMS, COMPARED, TABLE, address, run_address, version_address
 from tests.flows.test_adapt import Job
 from tests.pages.browser import chromium, needs_chromium, page_at
 
@@ -170,7 +170,7 @@ def test_the_report_opens_within_mlflow(recorded, browser):
 def test_the_model_version_says_what_made_it_and_why_it_is_champion(recorded, browser):
     done = recorded.done
     version = done.registered
-    place = f"{recorded.server}#/models/{version.name}/versions/{version.version}"
+    place = recorded.server + version_address(version.name, version.version)
     with page_at(browser, place, *SCREEN) as page:
         see(page, "@ challenger", f": {version.why}", "Became champion" if version.champion else "")
         see(page, Path(done.artifacts["heads"]).name, Path(done.artifacts["subset"]).name)
