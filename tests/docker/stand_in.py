@@ -30,7 +30,7 @@ ONE_SHOT = {"deploy"}
 SECONDS_TO_START = 150.0
 AS_NOBODY: dict[str, Any] = {"user": NOBODY, "group": NOBODY} if os.geteuid() == 0 else {}
 """PostgreSQL does not start as root."""
-PLACES = {"/var/lib/postgresql/data": "pgdata", "/store": "store", "/mlartifacts": "mlartifacts"}
+PLACES = {"/store": "store", "/mlartifacts": "mlartifacts"}
 """Where a service has a volume -> folder that stands in for it."""
 
 
@@ -46,10 +46,11 @@ class Project:
         file = self.folder / "stand-in.json"
         if not file.exists():
             names = ("postgres", "prefect", "mlflow", "worker")
-            # a socket's path must be short
-            sockets = tempfile.mkdtemp(prefix="p2d-")
-            Path(sockets).chmod(0o777)
-            fresh = {"ports": {name: free_port() for name in names}, "sockets": sockets}
+            # where PostgreSQL's user gets to whatever is above, and a socket's path stays short
+            postgres = tempfile.mkdtemp(prefix="p2d-postgres-")
+            if AS_NOBODY:
+                os.chown(postgres, NOBODY, NOBODY)
+            fresh = {"ports": {name: free_port() for name in names}, "postgres": postgres}
             file.write_text(json.dumps(fresh | {"pids": {}, "environments": {}}))
         return dict(json.loads(file.read_text()))
 
@@ -57,6 +58,10 @@ class Project:
         state = self.state
         state[part][service] = value
         (self.folder / "stand-in.json").write_text(json.dumps(state))
+
+    @property
+    def cluster(self) -> Path:
+        return Path(self.state["postgres"]) / "data"
 
     @property
     def volumes(self) -> Path:
@@ -102,7 +107,7 @@ class Project:
         path = os.environ["PATH"]
         if name == "postgres":
             path = f"{postgres_programs()}:{path}"
-            found["PGHOST"] = state["sockets"]
+            found["PGHOST"] = state["postgres"]
         elif "PGHOST" in found:
             found["PGHOST"] = "127.0.0.1"
         if "P2D_HOME" in found:
@@ -141,7 +146,7 @@ class Project:
         Returns:
             Whether there was none.
         """
-        data = self.volumes / "pgdata"
+        data = self.cluster
         if (data / "PG_VERSION").exists():
             return False
         data.mkdir(parents=True, exist_ok=True)
@@ -150,8 +155,6 @@ class Project:
         if AS_NOBODY:
             for path in (data, password):
                 os.chown(path, NOBODY, NOBODY)
-            for above in [data, *data.parents][:-2]:
-                above.chmod(above.stat().st_mode | 0o011)
         command = [
             postgres_programs() / "initdb", "-D", data, "-U", environment["POSTGRES_USER"],
             "--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={password}", "--no-sync",
@@ -164,11 +167,10 @@ class Project:
     def start(self, name: str, service: dict[str, Any], environment: dict[str, str]) -> None:
         as_user: dict[str, Any] = {}
         if name == "postgres":
-            data = self.volumes / "pgdata"
-            state = self.state
+            data, state = self.cluster, self.state
             command = [
                 str(postgres_programs() / "postgres"), "-D", str(data), "-h", "127.0.0.1",
-                "-p", str(state["ports"]["postgres"]), "-k", state["sockets"], "-c", "fsync=off",
+                "-p", str(state["ports"]["postgres"]), "-k", state["postgres"], "-c", "fsync=off",
             ]  # fmt: skip
             as_user = {"cwd": data, **AS_NOBODY}
         else:
@@ -212,7 +214,13 @@ class Project:
     def down(self, *, volumes: bool) -> None:
         self.stop([])
         if volumes:
-            shutil.rmtree(self.volumes)
+            for volume in (self.volumes, self.cluster):
+                shutil.rmtree(volume)
+
+    def clear(self) -> None:
+        """Ends everything."""
+        self.stop([])
+        shutil.rmtree(self.state["postgres"])
 
     def execute(self, name: str, words: list[str]) -> int:
         """Within a running service: it has the environment that the service was started with."""

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class Stack:
     password: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     ports: dict[str, int] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    cluster: Path | None = None
+    """PostgreSQL's folder."""
 
     @property
     def prefect_url(self) -> str:
@@ -80,20 +83,20 @@ class Stack:
 
     def start_postgres(self, programs: Path) -> None:
         """A cluster of its own, over TCP with a password, with a database for each server."""
-        data, port = self.folder / "postgres", free_port()
+        # not below the tests' folder, which the next start of pytest closes to other users
+        self.cluster, port = Path(tempfile.mkdtemp(prefix="p2d-postgres-")), free_port()
         self.ports["postgres"] = port
+        data, password = self.cluster / "data", self.cluster / "password"
         data.mkdir()
-        (self.folder / "password").write_text(self.password)
+        password.write_text(self.password)
         as_user: dict[str, int] = {}
         if os.geteuid() == 0:
             as_user = {"user": NOBODY, "group": NOBODY}
-            for path in (data, self.folder / "password"):
+            for path in (self.cluster, data, password):
                 os.chown(path, NOBODY, NOBODY)
-            for above in [self.folder, *self.folder.parents][:-2]:
-                above.chmod(above.stat().st_mode | 0o011)
         initdb = [
             programs / "initdb", "-D", data, "-U", "p2d", "--auth=scram-sha-256",
-            f"--pwfile={self.folder / 'password'}", "--no-sync", "--encoding=UTF8",
+            f"--pwfile={password}", "--no-sync", "--encoding=UTF8",
         ]  # fmt: skip
         subprocess.run(initdb, check=True, capture_output=True, cwd=data, **as_user)
         with (self.folder / "postgres.log").open("ab") as log:
@@ -207,6 +210,8 @@ class Stack:
                     break
                 except subprocess.TimeoutExpired:
                     continue
+        if self.cluster is not None:
+            shutil.rmtree(self.cluster)
 
 
 def clean() -> dict[str, str]:
