@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types imports pytest stack-test slow faults bench clean
+.PHONY: demo test lint types imports pytest stack-test operations-test slow faults bench clean
 
 demo: $(INSTALLED)  ## the main job on a small example that ships with the project
 	@$(BIN)/p2d demo
@@ -21,13 +21,16 @@ imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
 
 stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; minutes
-	$(BIN)/pytest tests/stack tests/test_operations.py -m stack --timeout 900
+	$(BIN)/pytest tests/stack -m stack --timeout 900
+
+operations-test: $(INSTALLED)  ## every command of docs/operations.md on real servers; many minutes
+	$(BIN)/pytest tests/test_operations.py -m "" --timeout 1800
 
 faults: $(INSTALLED)  ## every fault that is known to happen, for real; figures into docs/guarantees.md
 	$(BIN)/pytest tests/faults -m "" --timeout 3600
