@@ -236,6 +236,8 @@ def description(page: Page, refs: Mapping[str, ArtifactRef], is_champion: bool, 
 def _make_model(client: MlflowClient, name: str, target: str) -> None:
     from mlflow.exceptions import MlflowException
 
+    if client.search_registered_models(f"name = '{name}'", max_results=1):
+        return
     try:
         client.create_registered_model(name, description=f"Adapters for {target}, by P2D.")
     except MlflowException as error:

@@ -43,7 +43,7 @@ def parameters_of(stack: Stack, deployment: str) -> dict[str, Any]:
         return dict(api.get(f"/deployments/{deployment}").json()["parameters"])
 
 
-def ended(stack: Stack, run: str, seconds: float = 200) -> dict[str, Any]:
+def ended(stack: Stack, run: str, seconds: float = 300) -> dict[str, Any]:
     """The run when it has come to an end."""
 
     def state() -> dict[str, Any]:
@@ -88,7 +88,7 @@ def test_without_the_password_nothing_answers_but_health(stack):
 
 def test_scheduled_runs_complete_and_the_second_reuses_the_head_map(stack, deployed, store):
     nightly = deployed["adapt-nightly"]
-    stack.until(lambda: len(runs_of(stack, nightly, "Completed")) >= 2, "two scheduled runs", 240)
+    stack.until(lambda: len(runs_of(stack, nightly, "Completed")) >= 2, "two scheduled runs", 400)
     with stack.prefect as api:
         api.post(f"/deployments/{nightly}/pause_deployment").raise_for_status()
         every = api.post(
@@ -167,7 +167,7 @@ def test_another_worker_finishes_what_a_killed_one_began(stack, deployed, home, 
     stack.kill_worker("worker")
     finished = {ref.key for ref in Store(store).refs()} - kept
     stack.start_worker("another", home, store)
-    done = ended(stack, made, 300)
+    done = ended(stack, made, 400)
     assert done["state"]["name"] == "Completed", done["state"]
     assert done["run_count"] == 2
     last = summaries(store)[-1]
