@@ -10,7 +10,7 @@ from p2d_core.store import Store
 from p2d_core.store.recipe import hash_file
 from tests.faults.warm import Warm
 
-OTHERS = ("mlflow", "prefect", "runs")
+OTHERS = ("mlflow", "prefect", "runs", "reports")
 """Folders of a store that name runs; not compared."""
 
 
@@ -91,7 +91,7 @@ def left_by_runs(store: Path) -> set[str]:
     """What of the other folders only a killed run leaves: drafts, and notes of it."""
     left = {
         str(path.relative_to(store))
-        for pattern in ("mlflow/.mlflow-*", "runs/*.tmp", "prefect/running/[!.]*")
+        for pattern in ("mlflow/.mlflow-*", "runs/*.tmp", "reports/*.tmp", "prefect/running/[!.]*")
         for path in store.glob(pattern)
     }
     hashes = store.glob("runs/*.sha256")
