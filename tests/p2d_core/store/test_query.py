@@ -69,7 +69,8 @@ def test_runs_can_be_compared(store: Store):
 def test_joins_windows_describe_and_show_work(store: Store):
     with open_reader(store) as reader:
         joined = rows(
-            reader, "SELECT count(*) FROM subset JOIN scores USING (sample_id) WHERE affinity >= .9"
+            reader,
+            "SELECT count(*) FROM subset JOIN scores USING (sample_id) WHERE scores.affinity >= .9",
         )
         assert joined == [(4,)]
         assert ("affinity",) in [row[:1] for row in rows(reader, "DESCRIBE scores")]
