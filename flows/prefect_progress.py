@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from uuid import UUID
 
 from p2d_core.progress import Progress
@@ -63,9 +63,11 @@ def _told(
     )
     log.info(text)
     percent = 100.0 * done / total
-    # how far work is must not stop the work
-    with suppress(Exception):
+    try:
         if made is None:
             return create_progress_artifact(percent, key=key, description=text)  # type: ignore[return-value]
         update_progress_artifact(made, progress=percent, description=text)
+    except Exception as error:
+        # how far work is must not stop the work
+        log.warning("Prefect was not told how far %s is: %s", name, error)
     return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -171,9 +170,11 @@ def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> R
         store=str(store),
     )
     log.info(done.sentence)
-    # the work is done: a page about it must not make it fail
-    with suppress(Exception):
+    try:
         create_markdown_artifact(done.sentence, key="head-map-drift", description=done.target)
+    except Exception as error:
+        # the work is done: a page about it must not make it fail
+        log.warning("Prefect did not take what came of it: %s", error)
     return done
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import logging
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from tasks.report.markdown import as_note
 from tasks.report.page import Page
+
+log = logging.getLogger(__name__)
 
 
 def tell_prefect(page: Page, links: Iterable[tuple[str, str]]) -> None:
@@ -30,6 +32,8 @@ def tell_prefect(page: Page, links: Iterable[tuple[str, str]]) -> None:
         data = base64.b64encode(picture).decode()
         text += f"\n![head map](data:image/png;base64,{data})\n"
     key = "report-" + (re.sub(r"[^a-z0-9]+", "-", summary.name.lower()).strip("-") or "run")
-    # the run is done and recorded: its page must not make it fail
-    with suppress(Exception):
+    try:
         create_markdown_artifact(text, key=key, description=f"{summary.name} on {summary.target}")
+    except Exception as error:
+        # the run is done and recorded: its page must not make it fail
+        log.warning("Prefect did not take the report: %s", error)

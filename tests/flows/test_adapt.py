@@ -83,6 +83,21 @@ def test_the_first_run_computes_every_stage(job):
     )
 
 
+def test_the_report_is_an_artifact_of_the_flow_run(job):
+    from prefect.artifacts import Artifact
+
+    report = Artifact.get("report-small")
+    assert report.type == "markdown"
+    assert report.flow_run_id is not None
+    for words in (
+        "**AER ",
+        "layer 0",
+        "](data:image/png;base64,",
+        job.first.artifacts["subset"][-64:][:12],
+    ):
+        assert words in report.data
+
+
 def test_a_second_run_reuses_everything(job):
     again = job.run()
     assert computed(again) == []

@@ -1,12 +1,10 @@
 """`p2d artifacts` and `p2d sql` over a small real store."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from flows.cli import main
 from p2d_core.store import Store
 from tests.small_store import fill, keep_run, put, summary
 
@@ -22,22 +20,11 @@ def refs(store):
 
 
 @pytest.fixture
-def p2d(monkeypatch, capfd, store):
+def p2d(monkeypatch, command, store):
     """Runs a command over the store; gives its exit code and what it said."""
     monkeypatch.setenv("P2D_STORE", str(store.root))
     monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["p2d", *words])
-        try:
-            main.run()
-            code = 0
-        except SystemExit as ending:
-            code = int(ending.code or 0)
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return command
 
 
 def test_ls_lists_every_artifact_and_what_it_was_made_from(p2d, refs):

@@ -1,13 +1,11 @@
 """`p2d heads stability`, and head maps averaged over draws, on a small target."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from flows.adapt import run_adapt
-from flows.cli import main
 from flows.settings import load_settings
 from p2d_core.errors import DataError, HeadMapError
 from p2d_core.heads.draws import mean_of_draws
@@ -43,21 +41,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def p2d(monkeypatch, capfd, folder):
+def p2d(monkeypatch, command, folder):
     monkeypatch.chdir(folder)
     monkeypatch.delenv("P2D_STORE", raising=False)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["p2d", *words])
-        try:
-            main.run()
-            code = 0
-        except SystemExit as ending:
-            code = int(ending.code or 0)
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return command
 
 
 def test_stability_compares_rankers_over_draws(p2d, folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import doctor, main
+from flows.cli import doctor
 from flows.cli.config import commented_yaml
 from flows.settings import RunSettings, load_settings
 from p2d_core.errors import DataError, TrainingError
@@ -17,22 +17,11 @@ HEAVY = ("torch", "prefect", "mlflow", "pandas", "duckdb", "pyarrow", "numpy", "
 
 
 @pytest.fixture
-def p2d(monkeypatch, capfd, tmp_path):
+def p2d(monkeypatch, command, tmp_path):
     """Runs a command in an empty folder; gives its exit code and what it said."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("P2D_STORE", raising=False)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["p2d", *words])
-        try:
-            main.run()
-            code = 0
-        except SystemExit as ending:
-            code = int(ending.code or 0)
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return command
 
 
 def test_help_needs_nothing_heavy():

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flows.cli import main
 from flows.explain import explain
 from p2d_core.heads.head_map import read_head_map
 from p2d_core.store import Store
@@ -37,22 +35,11 @@ def job(tmp_path_factory) -> SmallJob:
 
 
 @pytest.fixture
-def p2d(job, monkeypatch, capfd):
+def p2d(job, monkeypatch, command):
     """Runs a command over the store; gives its exit code and what it said."""
     monkeypatch.setenv("P2D_STORE", str(job.store))
     monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["p2d", *words])
-        try:
-            main.run()
-            code = 0
-        except SystemExit as ending:
-            code = int(ending.code or 0)
-        said = capfd.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return command
 
 
 @pytest.fixture

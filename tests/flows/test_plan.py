@@ -1,7 +1,6 @@
 """What `p2d plan` says: what a run would reuse and take, without making anything."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.cli import main
 from flows.environment import NEW_BOOKS
 from flows.inputs import check_inputs
 from flows.plan import run_plan
@@ -88,9 +86,9 @@ def test_the_plan_has_the_aer_of_its_own_stages(job):
 def test_the_plan_is_of_the_size_of_what_the_run_took(job):
     """No more than that: the machine of a test is busy with others."""
     took = sum(line.cold_seconds for line in job.first.stages)
-    assert took / 4 < job.before.seconds < took * 4
+    assert took / 10 < job.before.seconds < took * 10
     full = job.first.aer.full_seconds
-    assert full / 4 < job.before.aer.full_seconds < full * 4
+    assert full / 10 < job.before.aer.full_seconds < full * 10
     refs = [ref for ref in Store(job.store).refs() if ref.stage != "reference"]
     peak = max(ref.manifest.cost["peak_memory_bytes"] for ref in refs)
     assert peak / 2 < job.before.memory_bytes < peak * 2
@@ -209,18 +207,12 @@ def test_less_time_leaves_the_plan_less_sure(job):
 
 
 @pytest.fixture
-def p2d(job, monkeypatch, capfd):
-    """The command; gives its exit code and what it said."""
+def p2d(job, command):
+    """A command over the job's store; gives its exit code and what it said, in one line."""
 
     def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["p2d", *words, "--store", str(job.store)])
-        try:
-            main.run()
-            code = 0
-        except SystemExit as ending:
-            code = int(ending.code or 0)
-        said = capfd.readouterr()
-        return code, " ".join(said.out.split()), " ".join(said.err.split())
+        code, out, err = command(*words, "--store", str(job.store))
+        return code, " ".join(out.split()), " ".join(err.split())
 
     return call
 

@@ -180,6 +180,7 @@ def test_the_note_says_what_came_of_it(recorded, client):
 
 
 def test_the_server_that_the_environment_names_is_taken(store, refs, tmp_path, monkeypatch):
+    """So a worker records where its team looks; settings that name another come first."""
     elsewhere = f"sqlite:///{tmp_path / 'other.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
     monkeypatch.chdir(tmp_path)
@@ -224,16 +225,6 @@ def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeyp
         record.fn(summary(refs, "run-8"), settings, store=str(store.root))
     assert (store.root / "runs" / "run-8.json").exists()
     assert "exact match" in (store.root / "reports" / "run-8.html").read_text()
-
-
-def test_the_server_of_the_environment_is_taken_where_the_settings_name_none(
-    store, refs, tmp_path, monkeypatch
-):
-    """So a worker records where its team looks, whatever settings a deployment has."""
-    other, third = (f"sqlite:///{tmp_path}/{name}.db" for name in ("team", "settings"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-    assert record_run(summary(refs), {}, store=store.root)["tracking_uri"] == other
-    assert record_run(summary(refs), {}, store=store.root, uri=third)["tracking_uri"] == third
 
 
 def test_a_locked_database_is_worth_another_try(store, refs, monkeypatch):
