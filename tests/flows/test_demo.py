@@ -2,12 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 
 from tests.demo_run import command, demo
 
 DEMO_SECONDS, AGAIN_SECONDS = 240, 20
+IMPORTED = "import mlflow, prefect.server.api.server, torch, transformers.trainer"
+"""What a run cannot do without; 9 to 10 s of the 20 on a machine that does nothing else."""
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -70,12 +75,10 @@ def test_a_second_run_reuses_everything_in_twenty_seconds():
     assert summary["aer"]["this_run"] < 0.1 * summary["aer"]["cold"]
     assert summary["quality"] == demo().summary["quality"]
     assert summary["seconds"] <= 5
-    # on a machine that does other work beside, one of three may well be in time
-    best = again.seconds
-    for _ in range(2):
-        if best > AGAIN_SECONDS:
-            best = min(best, command(demo().folder, "demo").seconds)
-    assert best <= AGAIN_SECONDS
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORTED], check=True)
+    # on a machine that does other work beside, both take longer
+    assert again.seconds <= max(AGAIN_SECONDS, 2 * (time.perf_counter() - start))
 
 
 def test_every_artifact_verifies():
