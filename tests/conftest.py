@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,19 @@ DEMO = ("test_readme.py", "test_demo.py")
 """They share one run of the demo, and take longest."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker for each file, as its fixtures are shared; the longest work begins first."""
+    """The longest work begins first."""
     items.sort(key=lambda item: item.path.name not in DEMO)
-    for item in items:
-        file = item.path.relative_to(item.config.rootpath)
-        group = "demo" if file.name in DEMO else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker for each file, as its fixtures are shared, and one for all files of the demo."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "demo" if Path(file).name in DEMO else file
+
+    return ByFile(config, log)
