@@ -10,7 +10,9 @@ import duckdb
 
 from benchmarks.figures import Figure, alternate, figure
 from benchmarks.sizes import Size
-from p2d_core.selection.subset import Script, SelectionSpec, choose
+from p2d_core.selection.script import Script
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import choose
 
 SOURCES = 4
 ROWS_A_GROUP = 2048

@@ -20,7 +20,8 @@ from p2d_core.affinity.scoring import SCORES, STATE, Gate, gate_of
 from p2d_core.errors import ArtifactError, InputError
 from p2d_core.heads.head_map import HEADS, HeadMap, read_head_map
 from p2d_core.samples.schema import Sample, from_table
-from p2d_core.selection.subset import SUBSET, SelectionSpec
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import SUBSET
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.recipe import hash_file

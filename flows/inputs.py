@@ -28,7 +28,7 @@ from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
 from p2d_core.samples.split import draw_target, redraw_proxy, refuse_overlap
 from p2d_core.samples.tokens import TextFormat
-from p2d_core.selection.subset import SelectionSpec
+from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.where import checked_condition
 from tasks.progress import progress_of
 from tasks.stage import BaseModel, Plugin, Runtime, SourceInput

@@ -44,7 +44,8 @@ from p2d_core.progress import Progress
 from p2d_core.samples.schema import Sample, from_table, to_table
 from p2d_core.samples.shards import TARGET_ROWS
 from p2d_core.samples.tokens import EncodedSample
-from p2d_core.selection.subset import SUBSET, SelectionSpec, select_subset
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import SUBSET, select_subset
 from tasks.measurements import NO_TARGET, scorer_step
 from tasks.stage import Runtime
 

@@ -15,7 +15,7 @@ from p2d_core.samples.source import files_of
 from p2d_core.store import ArtifactRef
 
 if TYPE_CHECKING:
-    from p2d_core.selection.subset import SelectionSpec
+    from p2d_core.selection.spec import SelectionSpec
     from tasks.stage import BaseModel, Plugin, SourceInput
 
 SMALL = 10**6

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from p2d_core.affinity.scoring import SCORES
-from p2d_core.selection.subset import SelectionSpec, select_subset
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import select_subset
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
 from tasks.room import of_subset

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2d_core.samples.schema import Sample, sample_id_of, to_table
-from p2d_core.selection.subset import SelectionSpec, select_subset
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import select_subset
 
 
 class Corpus:

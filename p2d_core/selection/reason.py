@@ -10,7 +10,9 @@ from typing import Literal
 
 import duckdb
 
-from p2d_core.selection.subset import MEMORY, Script, SelectionSpec, candidates_of, choose
+from p2d_core.selection.script import Script
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import MEMORY, candidates_of, choose
 
 Why = Literal[
     "drawn", "relaxed", "replay", "filled", "at random",

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2d_core.errors import InputError, SettingsError
+from p2d_core.errors import InputError
 from p2d_core.progress import Progress, no_progress
+from p2d_core.selection.pool import fill_pool, parts_of
+from p2d_core.selection.script import Script
+from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.where import COLUMNS, checked_condition
 
 SUBSET = "subset.parquet"
@@ -24,45 +23,6 @@ LENGTH_BINS = 5
 MEMORY = "1GB"
 """Beyond which DuckDB spills to disk."""
 SPILL = ".spill"
-STATEMENTS = 4
-"""That a selection with replay takes: pool, draw, replay, result."""
-SECONDS_BETWEEN_LOOKS = 0.5
-PLACES = ("scores", "corpus", "file")
-"""Parameters that name files."""
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionSpec:
-    """How many samples, and how they are drawn."""
-
-    fraction: float
-    """Share of the corpus, in (0, 1]."""
-    pool: float = 1.0
-    """Draw from the best ``pool`` times the budget; scores with gates: from all that passed."""
-    match_lengths: bool = True
-    """Spread the response lengths as those of the proxy samples."""
-    replay: float = 0.0
-    """Share of the subset, in [0, 1), drawn at random from the corpus' other sources."""
-    quotas: tuple[tuple[str, float], ...] = ()
-    """(source, share of the subset) of sources that get no more and no less; the others get the
-    rest by affinity. Replay is apart."""
-    seed: int = 0
-    where: str | None = None
-    """SQL condition over the scores' columns, see `where.checked_condition`; only samples that meet
-    it are candidates. Those drawn at random are from the whole corpus all the same."""
-    at_random: bool = False
-    """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
-
-    def __post_init__(self) -> None:
-        shares = [share for _, share in self.quotas]
-        named = {source for source, _ in self.quotas}
-        if any(not 0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-            raise SettingsError(
-                f"selection.quotas has the shares {shares}; each has to be in (0, 1], and together "
-                "at most 1."
-            )
-        if len(named) < len(shares):
-            raise SettingsError("selection.quotas names a source twice; name each once.")
 
 
 @dataclass
@@ -84,25 +44,6 @@ CORPUS = "read_parquet($scores)"
 
 COUNTS = """
 SELECT source, gates_passed, count(*) FROM {candidates} GROUP BY source, gates_passed
-"""
-
-# The pool: whatever passed every gate; if that is too little, what passed the gates up to the
-# last one, the nearest to it first, and so on down to the first gate.
-POOL = """
--- in the order gates_passed DESC, affinity DESC, sample_id, but without sorting: what is at or
--- above a threshold, less the last few at it
-CREATE TEMP TABLE pool AS
-SELECT sample_id, source, affinity, gates_passed, n_response_tokens, {part} AS part
-FROM {candidates}
-WHERE {inside}
-"""
-
-TRIM = """
-DELETE FROM pool WHERE rowid IN (
-    SELECT rowid FROM pool WHERE part = $part AND gates_passed = $level
-    ORDER BY affinity, sample_id DESC
-    LIMIT $surplus
-)
 """
 
 ALL = """
@@ -153,33 +94,6 @@ COPY (
     ORDER BY md5($seed || ':' || sample_id)
 ) TO $file (FORMAT parquet, COMPRESSION zstd)
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Samples that compete with each other: of a source with a quota, or all the others."""
-
-    condition: str
-    """SQL over the scores."""
-    values: dict[str, str]
-    wanted: int
-    pooled: int
-    """How many come into the pool."""
-    levels: dict[int, int]
-    """Samples by the number of gates that they passed."""
-
-    @property
-    def size(self) -> int:
-        return sum(self.levels.values())
-
-    def lowest(self) -> tuple[int, int]:
-        """The lowest level that comes into the pool, and how many of it do."""
-        left = self.pooled
-        for level in sorted(self.levels, reverse=True):
-            if left <= self.levels[level]:
-                return level, left
-            left -= self.levels[level]
-        return min(self.levels, default=0), self.levels.get(min(self.levels, default=0), 0)
 
 
 def select_subset(
@@ -245,8 +159,8 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
         candidates = candidates_of(scores, spec)
     replay = 0 if spec.at_random else min(round(spec.replay * budget), budget - 1)
     wanted = budget - replay
-    parts = _parts(by_source, wanted, gates, spec, notes)
-    _fill_pool(run, scores, candidates, parts)
+    parts = parts_of(by_source, wanted, gates, spec, notes)
+    fill_pool(run, scores, candidates, parts)
     if all(part.pooled <= part.wanted for part in parts):
         run(ALL)
     else:
@@ -324,145 +238,6 @@ def _within(
     short = f", {budget:,} were wanted" if size < budget else ""
     notes.append(f"selection.where: {size:,} of {total:,} samples meet {where}{short}")
     return min(budget, size)
-
-
-def _parts(
-    by_source: dict[str, dict[int, int]],
-    wanted: int,
-    gates: int,
-    spec: SelectionSpec,
-    notes: list[str],
-) -> list[_Part]:
-    """Who competes with whom, for how many places."""
-    quotas = {} if spec.at_random else dict(spec.quotas)
-    unknown = sorted(set(quotas) - set(by_source))
-    if unknown:
-        meeting = " that meets selection.where" if spec.where is not None else ""
-        raise InputError(
-            f"selection.quotas: the corpus has no source {unknown[0]!r}{meeting}. "
-            f"It has {', '.join(sorted(by_source))}."
-        )
-    parts: list[_Part] = []
-
-    def add(condition: str, values: dict[str, str], sources: list[str], due: int) -> None:
-        levels: Counter[int] = Counter()
-        for source in sources:
-            levels.update(by_source[source])
-        size, passed = sum(levels.values()), levels[gates] if gates else 0
-        if spec.at_random:
-            pooled = size
-        elif gates:
-            pooled = max(passed, min(due, size))
-        else:
-            pooled = min(size, round(spec.pool * due))
-        if gates and passed < due and not spec.at_random:
-            notes.append(
-                f"{passed} samples passed every gate, {due} were wanted: the gates were relaxed, "
-                "the last one first, for the rest"
-            )
-        parts.append(_Part(condition, values, due, pooled, dict(levels)))
-
-    left = wanted
-    for number, (source, share) in enumerate(quotas.items()):
-        due = min(round(share * wanted), left)
-        size = sum(by_source[source].values())
-        if size < due:
-            notes.append(f"quota: {due} samples of {source} were wanted, it has {size}")
-            due = size
-        add(f"source = $source{number}", {f"source{number}": source}, [source], due)
-        left -= due
-    others = [source for source in by_source if source not in quotas]
-    if others:
-        named = {f"source{number}": source for number, source in enumerate(quotas)}
-        condition = " AND ".join(f"source <> ${name}" for name in named) or "true"
-        add(condition, named, others, left)
-    return parts
-
-
-def _fill_pool(run: Script, scores: Path, candidates: str, parts: Sequence[_Part]) -> None:
-    """Makes the table ``pool`` with every part's best in it."""
-    quantiles: list[str] = []
-    inside: list[str] = []
-    values: dict[str, Any] = {}
-    lowest: dict[int, tuple[int, int]] = {}
-    for number, part in enumerate(parts):
-        level, needed = part.lowest()
-        of_level = part.levels.get(level, 0)
-        values |= part.values
-        if needed >= of_level:
-            inside.append(f"({part.condition} AND gates_passed >= {level:d})")
-            continue
-        lowest[number] = (level, part.pooled)
-        # one lower than the last that is needed: what is too many is taken away again
-        share = max(0.0, (of_level - needed - 1) / of_level)
-        quantiles.append(
-            f"quantile_disc(affinity, {share!r}) "
-            f"FILTER (WHERE {part.condition} AND gates_passed = {level:d})"
-        )
-        inside.append(
-            f"({part.condition} AND (gates_passed > {level:d} "
-            f"OR (gates_passed = {level:d} AND affinity >= $low{number})))"
-        )
-    if quantiles:
-        # conditions and numbers are of this file or checked; the names of sources are bound
-        query = f"SELECT {', '.join(quantiles)} FROM {candidates}"  # noqa: S608
-        found = run.connection.execute(query, {"scores": str(scores)} | values).fetchall()[0]
-        values |= {f"low{number}": low for number, low in zip(lowest, found, strict=True)}
-    cases = " ".join(f"WHEN {part.condition} THEN {i}" for i, part in enumerate(parts))
-    statement = POOL.format(
-        part=f"CASE {cases} END", inside=" OR ".join(inside), candidates=candidates
-    )
-    run(statement, scores=str(scores), **values)
-    held = dict(run.connection.execute("SELECT part, count(*) FROM pool GROUP BY part").fetchall())
-    for number, (level, pooled) in lowest.items():
-        if held[number] > pooled:
-            run(TRIM, part=number, level=level, surplus=held[number] - pooled)
-
-
-class Script:
-    """Runs statements with bound parameters and remembers them, with the values, as SQL."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self.connection = connection
-        self.done: list[str] = []
-
-    def __call__(self, statement: str, **parameters: Any) -> None:
-        self.remember(statement, **parameters)
-        self.connection.execute(statement, parameters or None)
-
-    def remember(self, statement: str, **parameters: Any) -> None:
-        """Notes a statement without running it."""
-        # file names are this machine's: the inputs stand in the manifest
-        shown = {k: v for k, v in parameters.items() if k not in PLACES}
-        values = ", ".join(f"${name} = {value!r}" for name, value in shown.items())
-        self.done.append((f"-- {values}\n" if values else "") + statement.strip() + ";\n")
-
-    @contextmanager
-    def telling(self, progress: Progress) -> Iterator[None]:
-        """Tells how far the statements are, from a thread of its own, as long as its block runs."""
-        for setting in ("enable_progress_bar = true", "enable_progress_bar_print = false"):
-            self.connection.execute(f"SET {setting}")
-        over = threading.Event()
-
-        def tell() -> None:
-            percent = 0
-            while not over.wait(SECONDS_BETWEEN_LOOKS):
-                before = max(0, min(len(self.done), STATEMENTS) - 1)
-                # -1 between two statements
-                of_this = max(0.0, self.connection.query_progress())
-                percent = max(percent, min(100, round((100 * before + of_this) / STATEMENTS)))
-                progress(percent, 100)
-
-        thread = threading.Thread(target=tell, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    def text(self) -> str:
-        return "\n".join(self.done)
 
 
 def _bins(lengths: Sequence[int]) -> pa.Table:

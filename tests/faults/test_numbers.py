@@ -27,7 +27,8 @@ from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample, sample_id_of, to_table
 from p2d_core.samples.tokens import Encoder, TextFormat
-from p2d_core.selection.subset import SUBSET, SelectionSpec, select_subset
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import SUBSET, select_subset
 from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER
 from tests.faults.small_job import SmallJob

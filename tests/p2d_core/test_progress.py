@@ -13,7 +13,8 @@ from p2d_core.progress import counted
 from p2d_core.samples import read as read_module
 from p2d_core.samples.read import SourceSpec, content_hash, read_samples
 from p2d_core.selection import subset as subset_module
-from p2d_core.selection.subset import SelectionSpec, select_subset
+from p2d_core.selection.spec import SelectionSpec
+from p2d_core.selection.subset import select_subset
 from p2d_core.store import recipe
 
 ROWS = [{"prompt": f"What is {n:04d}?", "response": f"It is {n:04d}."} for n in range(100)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from p2d_core.selection.reason import Reason, reasons
-from p2d_core.selection.subset import SelectionSpec
+from p2d_core.selection.spec import SelectionSpec
 from tests.small_selection import Corpus
 
 GATES = ("domain", "consistency")

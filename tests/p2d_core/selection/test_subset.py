@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from p2d_core.errors import InputError, SettingsError
-from p2d_core.selection.subset import SelectionSpec
+from p2d_core.selection.spec import SelectionSpec
 from tests.small_selection import Corpus
 
 

@@ -1,0 +1,41 @@
+"""How a subset is to be chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2d_core.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionSpec:
+    """How many samples, and how they are drawn."""
+
+    fraction: float
+    """Share of the corpus, in (0, 1]."""
+    pool: float = 1.0
+    """Draw from the best ``pool`` times the budget; scores with gates: from all that passed."""
+    match_lengths: bool = True
+    """Spread the response lengths as those of the proxy samples."""
+    replay: float = 0.0
+    """Share of the subset, in [0, 1), drawn at random from the corpus' other sources."""
+    quotas: tuple[tuple[str, float], ...] = ()
+    """(source, share of the subset) of sources that get no more and no less; the others get the
+    rest by affinity. Replay is apart."""
+    seed: int = 0
+    where: str | None = None
+    """SQL condition over the scores' columns, see `where.checked_condition`; only samples that meet
+    it are candidates. Those drawn at random are from the whole corpus all the same."""
+    at_random: bool = False
+    """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
+
+    def __post_init__(self) -> None:
+        shares = [share for _, share in self.quotas]
+        named = {source for source, _ in self.quotas}
+        if any(not 0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+            raise SettingsError(
+                f"selection.quotas has the shares {shares}; each has to be in (0, 1], and together "
+                "at most 1."
+            )
+        if len(named) < len(shares):
+            raise SettingsError("selection.quotas names a source twice; name each once.")
