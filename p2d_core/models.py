@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -40,7 +41,9 @@ from p2d_core.samples.tokens import (
 )
 from p2d_core.store.recipe import hash_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IN_FILES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What safetensors calls the precisions."""
 CONFIGS = (
     "config.json",
     "generation_config.json",
@@ -281,6 +284,23 @@ def _n_tensors(weights: Sequence[Path]) -> int:
         except (OSError, SafetensorError) as error:
             raise _not_whole(file, error) from error
     return n_tensors
+
+
+def stored_precision(folder: Path) -> str:
+    """The precision that most of the weights are kept in; float32 for any not in `DTYPES`.
+
+    Raises:
+        ModelError: the weights are not whole.
+    """
+    counted: Counter[str] = Counter()
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = tensors.keys()
+                counted.update(tensors.get_slice(name).get_dtype() for name in names)
+        except (OSError, SafetensorError) as error:
+            raise _not_whole(file, error) from error
+    return IN_FILES.get(counted.most_common(1)[0][0], "float32") if counted else "float32"
 
 
 def _not_whole(file: Path, error: Exception) -> ModelError:
