@@ -67,6 +67,8 @@ class Exported:
     """Of the logits, when it is loaded as its card says; None without samples."""
     when_merged: Shift | None
     """Of a LoRA's, after it was merged into the base."""
+    compared: bool
+    """Every weight was found to be what it has to be, bit for bit."""
 
     @property
     def advised(self) -> str:
@@ -118,7 +120,7 @@ def export(
     parts, no_lora = _parts(model, moved, base)
     sizes = _sizes(model, moved, base, parts, DTYPES[dtype])
     if form == "lora" and no_lora:
-        raise ExportError(no_lora)
+        raise ExportError(f"{no_lora} Use --as merged or --as delta.")
     _check_room(folder, sizes[form])
     progress(2, STEPS)
     if form == "lora":
@@ -138,7 +140,8 @@ def export(
     if form == "lora":
         loaded = _merged(loaded)
         when_merged = shift(expected, logits_of(loaded, samples))
-    if not (form == "lora" and model.low_rank and dtype != model.precision):
+    compared = not (form == "lora" and model.low_rank and dtype != model.precision)
+    if compared:
         _compare(base, loaded, form)
     progress(STEPS, STEPS)
     return Exported(
@@ -152,6 +155,7 @@ def export(
         rounding=rounding,
         as_loaded=as_loaded,
         when_merged=when_merged,
+        compared=compared,
     )
 
 

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from p2d_core.adaptation.exact_lora import export_lora
+from p2d_core.adaptation.exact_lora import addend, export_lora
 from p2d_core.adaptation.slices import Block, TunedSlices, write_block
 from p2d_core.errors import ExportError
 from p2d_core.export.moved import Moved
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST = 1.5
+"""Times the numbers of a layer that its LoRA may have. It is more than 1 because servers that take
+LoRAs often take no whole modules, and because under GQA k and v have few rows: all of them are
+still a small rank."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class LoraParts:
     """Rows or columns of linear weights: a LoRA of as many ranks."""
     whole: Mapping[str, Mapping[str, Tensor]]
     """Modules that take the place of the base's (PEFT's ``modules_to_save``): what has a moved
-    bias or norm, and linear layers of which so much moved that a LoRA has more numbers."""
+    bias or norm, and linear layers whose LoRA would be too large (`MOST`), or off by a rounding."""
     n_bytes: int
 
     @property
@@ -66,11 +70,16 @@ def lora_parts(moved: Moved, base: nn.Module) -> LoraParts:
             or shared[id(base.get_parameter(name))] > 1
         ):
             raise ExportError(
-                f"a LoRA adapter cannot say that {name} moved: it is no weight, bias or norm of "
-                f"a layer of its own ({type(module).__name__}). Use --as merged or --as delta."
+                f"{name} moved, and no LoRA adapter says so: it is no weight, bias or norm of a "
+                f"layer of its own ({type(module).__name__})."
             )
         is_linear = isinstance(module, nn.Linear | Conv1D) and leaf == "weight"
-        if is_linear and _lora_values(module, block) < module.weight.numel():
+        weight = base.get_parameter(name).detach()
+        if (
+            is_linear
+            and _lora_values(module, block) < MOST * weight.numel()
+            and _is_exact(weight, block)
+        ):
             blocks[path] = block
         else:
             whole[path] = None
@@ -98,6 +107,13 @@ def _lora_values(module: Any, block: Block) -> int:
     """Of both factors; they are kept in float32."""
     rows, columns = module.weight.shape
     return len(block.index) * int(rows + columns)
+
+
+def _is_exact(weight: Tensor, block: Block) -> bool:
+    """Whether adding the change gives the new values bit for bit, in the weight's precision."""
+    before = weight.index_select(block.dim, block.index)
+    change = addend(weight, block)
+    return torch.equal((before.to(change.dtype) + change).to(weight), block.values.to(weight))
 
 
 def _own_bytes(module: nn.Module) -> int:

@@ -36,6 +36,8 @@ class Shift:
 
     highest: float
     mean: float
+    largest: float
+    """The largest of the adapted model's own logits, whatever its sign."""
 
 
 @torch.no_grad()
@@ -66,4 +68,5 @@ def shift(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Shift | None:
     if not expected:
         return None
     away = torch.cat([(a - b).abs().flatten() for a, b in zip(expected, found, strict=True)])
-    return Shift(float(away.max()), float(away.mean(dtype=torch.float64)))
+    largest = max(float(each.abs().max()) for each in expected)
+    return Shift(float(away.max()), float(away.mean(dtype=torch.float64)), largest)

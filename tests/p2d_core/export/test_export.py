@@ -209,6 +209,7 @@ def test_a_delta_is_what_moved_and_no_more_and_gives_the_weights_back(family, tr
     # slices of two heads: q and o of each, k and v of their KV groups
     assert done.sizes["delta"] == 2 * 4 * HEAD_DIM * 64 * 4
     assert done.sizes["delta"] < done.sizes["lora"] < done.sizes["merged"]
+    assert done.whole == ()
     model = stock_model(each.model.base)
     apply_delta(tmp_path, model)
     assert_same_weights(model, each.adapted)
@@ -361,11 +362,28 @@ def test_a_bias_and_a_slice_of_one_layer_are_both_there(tmp_path):
     assert_same_weights(merged, each.adapted)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_whole_projections_are_replaced_whole_where_that_is_smaller(family, tmp_path):
-    each = trained(family, tmp_path, "attention")
+def test_square_projections_that_moved_altogether_are_replaced_whole(tmp_path):
+    each = trained("llama", tmp_path, "attention")
     done = export(each.model, "lora", tmp_path / "lora")
-    assert {f"{module}.weight" for module in done.whole} == set(each.moved)
+    square = {
+        name.rpartition(".")[0] for name in each.moved if "q_proj" in name or "o_proj" in name
+    }
+    assert square <= set(done.whole)
+    assert done.sizes["lora"] < 1.5 * sum(each.moved[name].numel() * 4 for name in each.moved)
+    loaded = stock_lora(each.model.base, tmp_path / "lora").merge_and_unload()
+    assert_same_weights(loaded, each.adapted)
+
+
+def test_values_that_no_change_gives_exactly_replace_their_layer_whole(tmp_path):
+    each = with_new_values("gpt2", tmp_path, "h.0.attn.c_attn.weight")
+    name = "transformer.h.0.attn.c_attn.weight"
+    base = base_model("gpt2").get_parameter(name).detach()
+    tuned = base.clone()
+    tuned[3] = 1e-12  # 1e-12 - 0.1 is -0.1 in float32
+    save_file({name: tuned}, each.model.kept / WEIGHTS)
+    each = made(each.model)
+    done = export(each.model, "lora", tmp_path / "lora")
+    assert (done.whole, done.rank) == (("transformer.h.0.attn.c_attn",), 0)
     loaded = stock_lora(each.model.base, tmp_path / "lora").merge_and_unload()
     assert_same_weights(loaded, each.adapted)
 
