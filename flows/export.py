@@ -15,7 +15,7 @@ from flows.choice import kept, sound
 from p2d_core.adaptation.adaptations import ADAPTER
 from p2d_core.errors import ArtifactError, InputError, ModelError
 from p2d_core.export.exporting import AdaptedModel, Exported, export
-from p2d_core.export.folder import appearing
+from p2d_core.export.folder import appearing, refuse_what_is_there
 from p2d_core.export.rounding import SAMPLES
 from p2d_core.models import check_model_folder, load_tokenizer, model_hash
 from p2d_core.samples.shards import read_shard
@@ -65,19 +65,21 @@ def export_run(
         ArtifactError: the model is gone, or not as it was made.
         ExportError, StorageError: as for `p2d_core.export.exporting.export`.
     """
+    refuse_what_is_there(to)
+    chosen = choose(store, run)
+    manifest = chosen.model.manifest
+    found = manifest.inputs["base"]
+    model = AdaptedModel(
+        base=_base(store, chosen, base),
+        base_sha256=found["sha256"],
+        precision=found["precision"],
+        kept=chosen.model.path,
+        low_rank=manifest.facts["adaptation"] == "lora",
+    )
+    text = TextFormat(found["separator"], found["max_tokens"])
+    encoder = Encoder(load_tokenizer(model.base), text)
+    picture = _picture(store, chosen.model)
     with appearing(to) as folder:
-        chosen = choose(store, run)
-        manifest = chosen.model.manifest
-        found = manifest.inputs["base"]
-        model = AdaptedModel(
-            base=_base(store, chosen, base),
-            base_sha256=found["sha256"],
-            precision=found["precision"],
-            kept=chosen.model.path,
-            low_rank=manifest.facts["adaptation"] == "lora",
-        )
-        text = TextFormat(found["separator"], found["max_tokens"])
-        encoder = Encoder(load_tokenizer(model.base), text)
         with progress_of(f"exporting as {form} (steps)") as progress:
             done = export(
                 model,
@@ -88,7 +90,6 @@ def export_run(
                 samples=_proxy_samples(store, chosen.model, encoder),
                 progress=progress,
             )
-        picture = _picture(store, chosen.model)
         if picture is not None:
             (folder / PICTURE).write_bytes(picture.read_bytes())
         card = Card(
@@ -197,7 +198,7 @@ def _base(store: Store, chosen: Chosen, given: Path | None) -> Path:
             f"{there} has other content ({sha[:12]}) than the base that model {key} was made from "
             f"({wanted[:12]}). Give with --base the folder of that one."
         )
-    return there
+    return there.absolute()
 
 
 def _base_of(store: Store, run_id: str, model: ArtifactRef) -> Path | None:

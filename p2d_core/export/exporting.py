@@ -94,6 +94,8 @@ def export(
     whatever ``dtype`` is, so that they are rounded only when they are merged. One that was trained
     as a LoRA is that very adapter, and is not compared in another precision than it was trained in.
 
+    It takes the memory of two models, on the CPU.
+
     Args:
         dtype: one of `DTYPES`; `AdaptedModel.usual_dtype` if None.
         base_name: what whoever loads it finds the base by; its folder if empty.

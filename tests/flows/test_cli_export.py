@@ -250,7 +250,7 @@ def test_a_model_that_no_run_names_any_more_is_exported_without_its_quality(
 
 
 def test_what_is_not_there_or_not_one_is_refused_and_nothing_is_made(job, p2d, copied, tmp_path):
-    code, _, err = p2d("export", "nothing", "--as", "lora", "--to", "out")
+    code, _, err = p2d("export", "nothing", "--as", "lora", "--to", "new/out")
     assert code == 2
     assert "there is no model artifact 'nothing'" in err
     assert f"Nor is it a run; the newest here: {job.summary.run_id}." in err
@@ -286,6 +286,8 @@ def test_a_base_that_was_moved_or_changed_is_asked_for(job, p2d, exported, tmp_p
         assert f"{here}: there is no such folder" in err
         assert "Give --base FOLDER." in err
         exported("delta", "out", "--base", "moved")
+        about = json.loads((tmp_path / "out/delta.json").read_text())
+        assert about["base"] == str(tmp_path / "moved")
     finally:
         shutil.move(tmp_path / "moved", here)
     shutil.copytree(here, tmp_path / "other")

@@ -83,11 +83,17 @@ def two_heads(family: str) -> HeadMap:
     return HeadMap.from_scores(scores, FAMILIES[family].n_kv_groups, 2 / scores.numel())
 
 
-def trained(family: str, folder: Path, adaptation: str = "heads", step: float = 1e-2) -> Made:
+def trained(
+    family: str,
+    folder: Path,
+    adaptation: str = "heads",
+    step: float = 1e-2,
+    precision: str = "float32",
+) -> Made:
     """Three steps of training, kept as the `model` stage does."""
     base = base_model(family)
     where = saved(base, folder / "base")
-    model = load_model(where, "float32", CPU)
+    model = load_model(where, precision, CPU)
     attached = adaptations.make(adaptation, {}).attach(
         model, attention_layers(model), two_heads(family), str(where)
     )
@@ -99,7 +105,7 @@ def trained(family: str, folder: Path, adaptation: str = "heads", step: float = 
         optimizer.zero_grad()
     (folder / "kept").mkdir()
     attached.keep(folder / "kept")
-    return made(AdaptedModel(where, "5ha", "float32", folder / "kept", adaptation == "lora"))
+    return made(AdaptedModel(where, "5ha", precision, folder / "kept", adaptation == "lora"))
 
 
 def with_new_values(family: str, folder: Path, *endings: str) -> Made:
@@ -314,9 +320,24 @@ def test_over_a_bf16_base_a_lora_keeps_what_rounding_would_lose(tmp_path):
     assert done.whole == ()
 
 
-def test_a_model_adapted_in_bf16_is_exported_in_bf16(tried, tmp_path):
-    assert replace(tried["llama"].model, precision="bfloat16").usual_dtype == "bfloat16"
-    assert tried["llama"].model.usual_dtype == "float32"
+def test_a_model_adapted_in_bf16_is_exported_in_bf16(tmp_path):
+    each = trained("qwen2", tmp_path, precision="bfloat16")
+    for form in ("lora", "merged"):
+        done = export(each.model, form, tmp_path / form, samples=SAMPLES)
+        assert (done.dtype, done.precision, done.rounding.lost) == ("bfloat16", "bfloat16", 0)
+    loaded = stock_lora(each.model.base, tmp_path / "lora", torch.bfloat16)
+    assert_same_weights(loaded.merge_and_unload(), each.adapted)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), each.adapted)
+    done = export(each.model, "delta", tmp_path / "delta", dtype="float32")
+    # the base's files are float32, and what did not move is as they have it
+    model = stock_model(each.model.base)
+    apply_delta(tmp_path / "delta", model)
+    for name, weight in model.named_parameters():
+        if name in each.moved:
+            expected, where = each.adapted.get_parameter(name).float(), each.moved[name]
+            assert torch.equal(weight[where], expected[where]), name
+        else:
+            assert torch.equal(weight, base_model("qwen2").get_parameter(name)), name
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
