@@ -259,10 +259,15 @@ def test_what_rounding_does_is_counted_by_hand(tmp_path):
     tuned = torch.ones(64)
     tuned[:10] += 2**-10  # rounds back
     tuned[10:16] += 2**-6  # stays
-    save_file({"model.layers.1.post_attention_layernorm.weight": tuned}, each.model.kept / WEIGHTS)
+    projection = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    projection[3, 5] = 7.0  # the others of its row are the base's, and count as nothing
+    new = {"post_attention_layernorm.weight": tuned, "self_attn.q_proj.weight": projection}
+    layers = zip((1, 0), new.items(), strict=True)
+    kept = {f"model.layers.{layer}.{name}": values for layer, (name, values) in layers}
+    save_file(kept, each.model.kept / WEIGHTS)
     done = export(each.model, "delta", tmp_path / "out", dtype="bfloat16", samples=SAMPLES)
-    assert (done.rounding.moved, done.rounding.lost) == (16, 10)
-    assert done.rounding.share_lost == 10 / 16
+    assert (done.rounding.moved, done.rounding.lost) == (17, 10)
+    assert done.rounding.share_lost == 10 / 17
     done = export(each.model, "delta", tmp_path / "out", samples=SAMPLES)
     assert (done.rounding.lost, done.as_loaded.highest) == (0, 0.0)
 
@@ -378,7 +383,11 @@ def test_a_bias_and_a_slice_of_one_layer_are_both_there(tmp_path):
     each = made(replace(each.model, kept=tmp_path / "whole"))
     done = export(each.model, "lora", tmp_path / "lora")
     assert set(done.whole) == {n.rpartition(".")[0] for n in (bias, in_slice)}
-    assert done.rank
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert set(config["modules_to_save"]) == set(done.whole)
+    assert {f"{module}.weight" for module in config["target_modules"]} == set(each.moved) - {
+        in_slice, in_slice.replace("weight", "bias"), bias
+    }  # fmt: skip
     merged = stock_lora(each.model.base, tmp_path / "lora").merge_and_unload()
     assert_same_weights(merged, each.adapted)
 
