@@ -15,7 +15,7 @@ from flows.choice import kept, sound
 from p2d_core.adaptation.adaptations import ADAPTER
 from p2d_core.errors import ArtifactError, InputError, ModelError
 from p2d_core.export.exporting import AdaptedModel, Exported, export
-from p2d_core.export.folder import appearing, refuse_what_is_there
+from p2d_core.export.folder import appearing
 from p2d_core.export.rounding import SAMPLES
 from p2d_core.models import check_model_folder, load_tokenizer, model_hash
 from p2d_core.samples.shards import read_shard
@@ -65,7 +65,6 @@ def export_run(
         ArtifactError: the model is gone, or not as it was made.
         ExportError, StorageError: as for `p2d_core.export.exporting.export`.
     """
-    refuse_what_is_there(to)
     chosen = choose(store, run)
     manifest = chosen.model.manifest
     found = manifest.inputs["base"]

@@ -301,14 +301,12 @@ def test_a_base_that_was_moved_or_changed_is_asked_for(job, p2d, exported, tmp_p
 # -- where it goes -----------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_empty_is_refused_before_anything_is_done(job, p2d, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_before_anything_is_looked_at(p2d, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("mine")
-    began = time.perf_counter()
-    code, out, err = p2d("export", job.summary.run_id, "--as", "merged", "--to", "out")
+    code, out, err = p2d("export", "no-such-run", "--as", "merged", "--to", "out")
     assert (code, out) == (2, "")
     assert "out is not empty, and nothing is written over. Name another folder with --to" in err
-    assert time.perf_counter() - began < 2
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
