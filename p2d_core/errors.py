@@ -33,6 +33,10 @@ class UnknownNameError(InputError):
     """A plug-in of that name is not registered; the message lists the known ones."""
 
 
+class ExportError(InputError):
+    """A model cannot be exported in the form that was asked for; the message names another."""
+
+
 class ArtifactError(P2DError):
     """An artifact is missing or is not what its manifest says."""
 

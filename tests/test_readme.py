@@ -63,6 +63,9 @@ def test_the_commands_run_as_they_stand(place):
         if "<key>" in line:
             (key,) = (folder.name for folder in (place / "artifacts/heads").iterdir())
             words = [word.replace("<key>", key) for word in words]
+        if "<run_id>" in line:
+            run_id = max(file.stem for file in (place / "artifacts/runs").glob("*.json"))
+            words = [word.replace("<run_id>", run_id) for word in words]
         done = command(place, *words[1:])
         assert done.code == 0, f"{line}\n{done.shown}\n{done.errors}"
         assert "Traceback" not in done.errors, line

@@ -16,6 +16,7 @@ from flows.cli import (
     demo,
     doctor,
     explain,
+    export,
     heads,
     plan,
     sql,
@@ -53,6 +54,7 @@ app.command()(worker.worker)
 app.add_typer(heads.app, name="heads")
 app.add_typer(artifacts.app, name="artifacts")
 app.command()(explain.explain)
+app.command()(export.export)
 app.command()(sql.sql)
 app.command()(doctor.doctor)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,13 @@ from p2d_core.adaptation.slices import Block, TunedSlices
 from p2d_core.errors import TrainingError
 
 
-def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: str) -> None:
+def export_lora(
+    tuned: TunedSlices,
+    model: nn.Module,
+    folder: Path,
+    base_name: str,
+    whole: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``.
 
     A change of k rows or columns is a LoRA of rank k whose one side is one-hot: for rows A is the
@@ -23,22 +30,25 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
     Args:
         model: the base, with its own values in the slices.
         base_name: what ``AutoModelForCausalLM.from_pretrained`` takes to load the base.
+        whole: modules that take the place of the base's (PEFT's ``modules_to_save``), for what no
+            LoRA says, such as biases and norms: path -> every parameter of the module by its name.
 
     Raises:
         TrainingError: no module is tuned, so that there is no adapter to write.
         ModelError: the slices are of another model.
     """
     from peft import LoraConfig, TaskType
+    from peft.utils.constants import DUMMY_TARGET_MODULES
     from safetensors.torch import save_file
 
-    if not tuned.blocks:
+    if not tuned.blocks and not whole:
         raise TrainingError("nothing was tuned, so that there is no adapter to export.")
     tensors = {}
     ranks = {}
     transposed = False  # models have one kind of projection
     for module, block in tuned.blocks.items():
-        weight = model.get_submodule(module).get_parameter("weight").detach()
-        change = addend(weight, tuned.patched(module, weight), block)
+        weight = tuned.fitting(model, module).detach()
+        change = addend(weight, block)
         a, b = _factors(change, block, weight.shape[block.dim])
         if transposed := isinstance(model.get_submodule(module), Conv1D):
             a, b = b.t().contiguous(), a.t().contiguous()
@@ -46,17 +56,21 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
         # anchored: PEFT matches a bare key at the end of longer paths, too
         ranks[f"^{re.escape(module)}"] = len(block.index)
+    for module, parameters in (whole or {}).items():
+        for name, values in parameters.items():
+            tensors[f"base_model.model.{module}.{name}"] = values.detach().cpu().contiguous()
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base_name,
         inference_mode=True,
-        target_modules=sorted(tuned.blocks),
+        target_modules=sorted(tuned.blocks) or DUMMY_TARGET_MODULES,
         r=1,
         lora_alpha=1,
         lora_dropout=0.0,
         fan_in_fan_out=transposed,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
+        modules_to_save=sorted(whole) if whole else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -64,17 +78,16 @@ def export_lora(tuned: TunedSlices, model: nn.Module, folder: Path, base_name: s
     _sort_keys(folder / "adapter_config.json")
 
 
-def addend(base: Tensor, target: Tensor, block: Block) -> Tensor:
-    """What has to be added to the base's slices to give the target's, ``[k, ...]`` or ``[..., k]``.
+def addend(base: Tensor, block: Block) -> Tensor:
+    """What has to be added to a base's weight to give a block's values; of their shape.
 
-    In float32 where the base is of lower precision, as PEFT adds it. Where the target was itself
-    made by adding a delta to the base in that precision, as head deltas are, adding this gives it
-    back bit for bit; else it can be off by the rounding of the change.
+    In float32 where the base is of lower precision, as PEFT adds it. Where the values were
+    themselves made by adding a delta to the base in that precision, as head deltas are, adding this
+    gives them back bit for bit; else it can be off by the rounding of the change.
     """
-    index = block.index.to(base.device)
+    old = base.index_select(block.dim, block.index.to(base.device))
     dtype = torch.promote_types(base.dtype, torch.float32)
-    old, new = (each.index_select(block.dim, index).to(dtype) for each in (base, target))
-    return (new - old).cpu()
+    return (block.values.to(old.device, dtype) - old.to(dtype)).cpu()
 
 
 def _factors(change: Tensor, block: Block, along: int) -> tuple[Tensor, Tensor]:
@@ -97,5 +110,6 @@ def _factors(change: Tensor, block: Block, along: int) -> tuple[Tensor, Tensor]:
 def _sort_keys(path: Path) -> None:
     """PEFT writes sets in the order of their hashes; sorted, the same adapter is the same file."""
     config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -75,9 +75,9 @@ class TunedSlices:
         Raises:
             ModelError: the model has no such modules or they have other shapes.
         """
-        weights = {module: self._fitting(model, module) for module in self.blocks}
+        weights = {module: self.fitting(model, module) for module in self.blocks}
         for module, weight in weights.items():
-            _write(weight, self.blocks[module])
+            write_block(weight, self.blocks[module])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -88,7 +88,7 @@ class TunedSlices:
         """
         before = {}
         for module, block in self.blocks.items():
-            weight = self._fitting(model, module)
+            weight = self.fitting(model, module)
             old = weight.detach().index_select(block.dim, block.index.to(weight.device))
             before[module] = Block(block.dim, block.index, old)
         try:
@@ -106,7 +106,7 @@ class TunedSlices:
         if block.values.shape == weight.shape:
             return block.values.to(weight)
         copy = weight.detach().clone()
-        _write(copy, block)
+        write_block(copy, block)
         return copy
 
     def save(self, path: Path) -> None:
@@ -150,7 +150,12 @@ class TunedSlices:
             ) from error
         return cls(blocks)
 
-    def _fitting(self, model: nn.Module, module: str) -> Tensor:
+    def fitting(self, model: nn.Module, module: str) -> Tensor:
+        """The weight of a tuned module.
+
+        Raises:
+            ModelError: the model has no such module, or the block does not fit its weight.
+        """
         weight = _weight(model, module)
         _check(module, self.blocks[module], weight)
         return weight
@@ -178,6 +183,7 @@ def _check(module: str, block: Block, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def _write(weight: Tensor, block: Block) -> None:
+def write_block(weight: Tensor, block: Block) -> None:
+    """Writes a block's values into a weight, in its precision."""
     values = block.values.to(device=weight.device, dtype=weight.dtype)
     weight.index_copy_(block.dim, block.index.to(weight.device), values)

@@ -46,13 +46,13 @@ def code(text: str) -> str:
     return "`" + one_line(text, 10_000).replace("`", "'") + "`"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], gap: str = GAP) -> list[str]:
     """A table of cells that are markdown; a column whose name begins with > is right-aligned."""
     return [
         "",
-        "| " + f"{GAP} | ".join(name.removeprefix(">") for name in columns) + " |",
+        "| " + f"{gap} | ".join(name.removeprefix(">") for name in columns) + " |",
         "|" + "|".join("---:" if name.startswith(">") else "---" for name in columns) + "|",
-        *("| " + f"{GAP} | ".join(row) + " |" for row in rows),
+        *("| " + f"{gap} | ".join(row) + " |" for row in rows),
         "",
     ]
 

@@ -31,7 +31,7 @@ def test_help_needs_nothing_heavy():
 
 
 def test_every_command_teaches_with_an_example(p2d):
-    names = ["demo", "adapt", "config", "ui", "sql", "doctor"]
+    names = ["demo", "adapt", "config", "ui", "sql", "doctor", "export"]
     names += ["heads stability"]
     names += [f"artifacts {name}" for name in ("ls", "show", "verify", "gc")]
     for name in names:

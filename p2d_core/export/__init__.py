@@ -1,0 +1,1 @@
+"""Adapted models in forms that other tools load: a LoRA, a whole model, bare slices."""
