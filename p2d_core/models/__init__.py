@@ -4,7 +4,7 @@ from p2d_core.models.captured import CapturedModel, checked_losses
 from p2d_core.models.folder import DTYPES, check_model_folder, model_hash, most_tokens
 from p2d_core.models.load import load_model, load_tokenizer, pick_device
 from p2d_core.models.shape import ParameterCounts, layers_of, parameter_counts, without_weights
-from p2d_core.models.whole import check_loads
+from p2d_core.models.whole import check_loads, stored_precision
 
 __all__ = [
     "DTYPES",
@@ -20,5 +20,6 @@ __all__ = [
     "most_tokens",
     "parameter_counts",
     "pick_device",
+    "stored_precision",
     "without_weights",
 ]

@@ -13,7 +13,9 @@ from p2d_core.errors import ModelError
 from p2d_core.progress import Progress, no_progress
 from p2d_core.store.recipe import hash_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IN_FILES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What safetensors calls the precisions."""
 CONFIGS = (
     "config.json",
     "generation_config.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from p2d_core.attention.layout import (
     AttentionLayer,
 )
 from p2d_core.errors import ModelError
-from p2d_core.models.folder import json_object, said, weight_files
+from p2d_core.models.folder import IN_FILES, json_object, said, weight_files
 from p2d_core.models.load import load_tokenizer
 from p2d_core.models.shape import attention_of, without_weights
 from p2d_core.progress import Progress, no_progress
@@ -69,6 +70,23 @@ def _n_tensors(weights: Sequence[Path]) -> int:
         except (OSError, SafetensorError) as error:
             raise _not_whole(file, error) from error
     return n_tensors
+
+
+def stored_precision(folder: Path) -> str:
+    """The precision that most of the weights are kept in; float32 for any not in `DTYPES`.
+
+    Raises:
+        ModelError: the weights are not whole.
+    """
+    counted: Counter[str] = Counter()
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = tensors.keys()
+                counted.update(tensors.get_slice(name).get_dtype() for name in names)
+        except (OSError, SafetensorError) as error:
+            raise _not_whole(file, error) from error
+    return IN_FILES.get(counted.most_common(1)[0][0], "float32") if counted else "float32"
 
 
 def _not_whole(file: Path, error: Exception) -> ModelError:

@@ -12,7 +12,7 @@ from p2d_core.models import model_hash
 from p2d_core.progress import counted
 from p2d_core.samples import read as read_module
 from p2d_core.samples.read import SourceSpec, content_hash, read_samples
-from p2d_core.selection import subset as subset_module
+from p2d_core.selection import script as script_module
 from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.subset import select_subset
 from p2d_core.store import recipe
@@ -101,7 +101,7 @@ def test_reading_several_files_goes_on_where_the_one_before_ended(tmp_path: Path
 
 
 def test_choosing_a_subset_tells_of_percent(tmp_path: Path, told, monkeypatch):
-    monkeypatch.setattr(subset_module, "SECONDS_BETWEEN_LOOKS", 0.001)
+    monkeypatch.setattr(script_module, "SECONDS_BETWEEN_LOOKS", 0.001)
     n = 200_000
     ids = pa.array([f"{i:064x}" for i in range(n)])
     scores = pa.table(
