@@ -233,9 +233,9 @@ class _Planner:
 
         def estimate(arm: str) -> Estimate:
             if arm == "base":
-                loads = self.rehearsal.captured_load()
+                loads = self.rehearsal.base.captured_load()
             else:
-                loads = self.rehearsal.load().times(1 + bool(self.data.retention))
+                loads = self.rehearsal.base.load().times(1 + bool(self.data.retention))
             return loads + on_samples(arm in ("p2d", "random"))
 
         for arm in arms:
@@ -253,7 +253,7 @@ class _Planner:
             machine=machine_name(),
             corpus=self.corpus,
             corpus_is_estimated=self._data is not None and self._data.corpus_is_estimated,
-            tokens_in_sample=tried.tokens if tried else 0.0,
+            tokens_in_sample=tried.base.tokens if tried else 0.0,
             stages=[
                 PlannedStage(
                     name=stage.stage,

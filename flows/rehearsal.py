@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from flows.inputs import Inputs
+from flows.loaded import LoadedBase
 from flows.preview import Preview
 from flows.timing import FIRST, LEAST_STEPS, Budget, stopwatch, time_parts, time_steps
 from p2d_core.adaptation.adaptations import (
@@ -27,18 +26,16 @@ from p2d_core.adaptation.adaptations import (
 )
 from p2d_core.adaptation.calibration import calibrate_full
 from p2d_core.adaptation.masked import attach_head_deltas
-from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import Target
 from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
 from p2d_core.affinity.scoring import passing_ids, score_corpus
-from p2d_core.attention.layout import attention_layers, slices_of
+from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import P2DError
 from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.heads.head_map import HEADS, HeadMap
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
-from p2d_core.models import load_model
 from p2d_core.planning import Estimate, Steps, guess, padded_sizes
 from p2d_core.progress import Progress
 from p2d_core.samples.schema import Sample, from_table, to_table
@@ -49,8 +46,6 @@ from p2d_core.selection.subset import SUBSET, select_subset
 from tasks.measurements import NO_TARGET, scorer_step
 from tasks.stage import Runtime
 
-PROBED, PROBE_SECONDS = 16, 0.5
-"""Tokens of a first pass; if it takes less, a whole sample's are tried, too."""
 BACKWARD = 3
 """A training step over a forward pass."""
 GENERATED = 16
@@ -59,8 +54,6 @@ LEAST_CHOSEN = 32
 """Samples whose lengths may stand for a subset's."""
 SHUFFLES = 8
 """Passes over the samples whose batches say how large one is on average."""
-WORTH_LOADING_AGAIN = 0.05
-"""Of the time there is: a model that loads in less is loaded twice, the first time takes longer."""
 
 
 class _Asked(Sequence[EncodedSample]):
@@ -95,8 +88,7 @@ class Rehearsal:
     ) -> None:
         self.inputs, self.runtime, self.data = inputs, runtime, data
         self.folder, self.budget = folder, budget
-        # one of its own: the process may keep the other for a run
-        self.captured = replace(inputs.base.captured(runtime))
+        self.base = LoadedBase(inputs.base, runtime, data.drawn, budget.seconds)
         self.heads: HeadMap | None = None
         """As it was ranked; heads drawn at random stand for it until then."""
         self.kept: Path | None = None
@@ -105,11 +97,6 @@ class Rehearsal:
         """Samples of the subset, or what stands for them."""
         self.passing: dict[int, float] = {}
         """By step of the scorer, the share of the corpus that its gates let pass."""
-        self._loaded: dict[str, Any] = {}
-        self._load_seconds: list[float] = []
-        self._loads = 0
-        self._token_seconds = 0.0
-        self._captured_is_paid = False
         self.scored: tuple[Path, list[Path]] | None = None
         """Scores and shards of the corpus that are made."""
         self._scores: Path | None = None
@@ -121,16 +108,16 @@ class Rehearsal:
 
     def proxy(self) -> Estimate:
         """All attention projections, tuned on the proxy set."""
-        model = self._model("float32")
+        model = self.base.model("float32")
         Attention().attach(model, attention_layers(model), None, self.inputs.base.folder)
         tuned = self._tuned(model, self.inputs.proxy_training)
-        self._at_rest(model)
-        return self.load() + tuned
+        self.base.rest(model)
+        return self.base.load() + tuned
 
     def ranking(self) -> Estimate:
         """The heads, by slices that have not moved: the cost is the same."""
-        load = self.captured_load()
-        captured, plugin = self.captured, self.inputs.ranker
+        load = self.base.captured_load()
+        captured, plugin = self.base.captured, self.inputs.ranker
         with stopwatch() as before:
             evidence = RankingEvidence(
                 model=captured.model,
@@ -154,7 +141,7 @@ class Rehearsal:
 
     def head_proxy(self, include_kv: bool) -> Estimate:
         """The task heads alone, tuned on the proxy set."""
-        model = self._model(self.inputs.base.precision)
+        model = self.base.model(self.inputs.base.precision)
         with stopwatch() as before:
             heads = self.head_map.task_heads
             deltas = attach_head_deltas(
@@ -162,14 +149,14 @@ class Rehearsal:
             )
         tuned = self._tuned(model, self.inputs.head_proxy_training)
         deltas.detach(merge=False)
-        self._at_rest(model)
-        return self.load() + before.estimate + tuned
+        self.base.rest(model)
+        return self.base.load() + before.estimate + tuned
 
     def measuring(self, step: int, rows: float) -> Estimate:
         """``rows`` samples, in shards, in one step of the scorer."""
         one = scorer_step(self.inputs.scorer, step).scorer
-        load = self.captured_load() if one.runs_model else Estimate()
-        model = self._captured(tuned=one.needs_head_proxy)
+        load = self.base.captured_load() if one.runs_model else Estimate()
+        model = self.base.seen(self.head_map if one.needs_head_proxy else None)
         heads = self.head_map if one.needs_heads else None
         drawn = self.data.drawn
         if step and self._scores is not None:
@@ -204,8 +191,8 @@ class Rehearsal:
     def scoring(self, step: int, rows: int) -> Estimate:
         """Affinities of ``rows`` samples."""
         one = scorer_step(self.inputs.scorer, step)
-        load = self.captured_load() if one.scorer.runs_model else Estimate()
-        model = self._captured(tuned=one.scorer.needs_head_proxy)
+        load = self.base.captured_load() if one.scorer.runs_model else Estimate()
+        model = self.base.seen(self.head_map if one.scorer.needs_head_proxy else None)
         heads = self.head_map if one.scorer.needs_heads else None
         proxy, held_out = self.data.target.proxy, self.data.target.held_out
         state: dict[str, Any] = {}
@@ -241,7 +228,7 @@ class Rehearsal:
             if self.scored is None:
                 return Estimate()
             (scores, shards), more = self.scored, 1.0
-        lengths = [each.n_response for each in self.captured.encode(self.data.target.proxy)]
+        lengths = [each.n_response for each in self.base.captured.encode(self.data.target.proxy)]
         with stopwatch() as read:
             pq.read_table(self._shard)
         with stopwatch() as selected, suppress(P2DError):
@@ -254,7 +241,7 @@ class Rehearsal:
     def training(self, chosen: Sequence[Sample], n: int) -> Estimate:
         """The adaptation on ``n`` samples, of which ``chosen`` are some."""
         plugin = adaptations.make(self.inputs.adaptation.name, self.inputs.adaptation.options)
-        model = self._model("float32" if plugin.moves_weights else self.inputs.base.precision)
+        model = self.base.model("float32" if plugin.moves_weights else self.inputs.base.precision)
         heads = self.head_map if plugin.needs_heads else None
         with stopwatch() as before:
             attached = plugin.attach(model, attention_layers(model), heads, self.inputs.base.folder)
@@ -264,35 +251,35 @@ class Rehearsal:
         with stopwatch() as kept:
             attached.keep(self.kept)
         if attached.model is not model:
-            self._forget()
-        self._at_rest(model)
-        return self.load() + before.estimate + trained + kept.estimate
+            self.base.forget()
+        self.base.rest(model)
+        return self.base.load() + before.estimate + trained + kept.estimate
 
     def full(self) -> Estimate:
         """Full fine-tuning on the whole corpus, as it is run."""
-        model = self._model("float32")
+        model = self.base.model("float32")
         Full().attach(model, attention_layers(model), None, self.inputs.base.folder)
         trained = self._trained(model, self.data.drawn, self.data.corpus, self.inputs.full_training)
-        self._at_rest(model)
-        return self.load() + trained
+        self.base.rest(model)
+        return self.base.load() + trained
 
     def calibration(self, steps: int) -> tuple[Estimate, Estimate]:
         """What timing full fine-tuning takes, and what full fine-tuning is found to take."""
-        model = self._model("float32")
+        model = self.base.model("float32")
         spec = replace(self.inputs.full_training, learning_rate=0.0)
         encoded, encoding = self._encoded(self.data.drawn, len(self.data.drawn))
         size = self._batch(spec.batch_size)
         all_steps = spec.steps(self.data.corpus)
         if not size:
             step = self._unseen(BACKWARD * spec.batch_size)
-            return self.load() + step.times(steps), step.times(all_steps)
+            return self.base.load() + step.times(steps), step.times(all_steps)
 
         def run(tell: Progress) -> None:
             calibrate_full(
                 model,
                 encoded,
                 replace(spec, batch_size=size),
-                pad_id=self.captured.pad_id,
+                pad_id=self.base.captured.pad_id,
                 n_corpus=self.data.corpus,
                 steps=steps,
                 mixed_precision=self._mixed,
@@ -300,14 +287,13 @@ class Rehearsal:
             )
 
         timed = self._steps(run, encoded, size, spec.batch_size)
-        self._at_rest(model)
-        before = self.load() + Estimate(self.data.seconds_to_read) + encoding
+        self.base.rest(model)
+        before = self.base.load() + Estimate(self.data.seconds_to_read) + encoding
         return before + timed.all, timed.step.times(all_steps)
 
     def evaluating(self, samples: Sequence[Sample], *, adapter: bool) -> Estimate:
         """A model on evaluation samples, without loading it; with what `training` kept or not."""
-        self._captured(tuned=False)
-        model = self.captured.model
+        model = self.base.seen().model
         with stopwatch() as attached:
             if adapter and self.kept is not None:
                 model = adapted(model, self.kept)
@@ -315,10 +301,10 @@ class Rehearsal:
         def work(size: int) -> None:
             evaluate(
                 model,
-                self.captured.encoder,
+                self.base.captured.encoder,
                 samples[:size],
                 self.inputs.evaluating,
-                device=self.captured.device,
+                device=self.base.captured.device,
                 tokens_per_batch=self.runtime.tokens_per_batch,
             )
 
@@ -326,55 +312,23 @@ class Rehearsal:
         passes = 1.0 + GENERATED * generates
         timed = self._parts(work, samples, len(samples), passes=passes, by_tokens=not generates)
         if adapter:
-            self._forget()
+            self.base.forget()
         return attached.estimate + timed
-
-    def load(self) -> Estimate:
-        """What the next load of the base takes: the first of the process, or a later one."""
-        self._model(self.inputs.base.precision)
-        self._loads += 1
-        return Estimate(self._load_seconds[0 if self._loads == 1 else -1])
-
-    def captured_load(self) -> Estimate:
-        """Of the one that ranking, scoring and evaluation share: whoever comes first pays."""
-        self._captured(tuned=False)
-        if self._captured_is_paid:
-            return Estimate()
-        self._captured_is_paid = True
-        return self.load()
 
     @property
     def head_map(self) -> HeadMap:
         """The run's, or one of as many heads drawn at random."""
         if self.heads is None:
-            layers = self.captured.layers
+            layers = self.base.seen().layers
             scores = torch.rand(
                 len(layers), layers[0].n_query_heads, generator=torch.Generator().manual_seed(0)
             )
             self.heads = self.inputs.pick.of(scores, layers[0].n_kv_groups)
         return self.heads
 
-    @cached_property
-    def tokens(self) -> float:
-        """Of a sample of the corpus, on average."""
-        return sum(len(each) for each in self.captured.encode(self.data.drawn)) / len(
-            self.data.drawn
-        )
-
     @property
     def _mixed(self) -> bool:
         return self.inputs.base.precision == "bfloat16"
-
-    def _captured(self, *, tuned: bool) -> Any:
-        """The base; with the task heads' slices, as they are, where tuned ones will be used."""
-        self.captured.__dict__["model"] = self._model(self.inputs.base.precision)
-        if not tuned:
-            return self.captured
-        pieces = slices_of(self.captured.layers, self.head_map.task_heads)
-        slices = TunedSlices.from_model(self.captured.model, pieces)
-        model = replace(self.captured, tuned=slices)
-        model.__dict__.update({k: v for k, v in self.captured.__dict__.items() if k != "tuned"})
-        return model
 
     def _parts(
         self,
@@ -394,19 +348,19 @@ class Rehearsal:
             by_tokens: the work grows with their tokens, not with their number.
         """
         seconds = share * self.budget.share
-        expected = passes * self.tokens * self._token_seconds
+        expected = passes * self.base.tokens * self.base.token_seconds
         if expected > max(seconds, self.budget.left):
             return self._unseen(passes * items)
         first = max(1, min(FIRST, int(seconds / expected))) if expected else FIRST
         weights = [1] * len(samples)
         if passes and by_tokens:
-            weights = [len(each) for each in self.captured.encoder.encode_all(samples)]
+            weights = [len(each) for each in self.base.captured.encoder.encode_all(samples)]
         whole = sum(weights) * items / max(1, len(samples))
         return time_parts(work, weights, whole, seconds, first)
 
     def _tuned(self, model: Any, spec: TrainingSpec) -> Estimate:
         """On the proxy set, with the loss on the held-out samples before and after."""
-        captured, proxy = self.captured, self.data.target.proxy
+        captured, proxy = self.base.captured, self.data.target.proxy
         held_out, encoding = self._encoded(
             self.data.target.held_out, len(self.data.target.held_out)
         )
@@ -437,7 +391,7 @@ class Rehearsal:
                     model,
                     encoded,
                     replace(spec, epochs=passes_over, batch_size=size, learning_rate=0.0),
-                    pad_id=self.captured.pad_id,
+                    pad_id=self.base.captured.pad_id,
                     scratch=self.folder / "training",
                     checkpoint_seconds=float("inf"),
                     mixed_precision=self._mixed,
@@ -473,58 +427,19 @@ class Rehearsal:
 
     def _batch(self, batch_size: int) -> int:
         """How many samples a step that is timed may have; 0: not one would be done in time."""
-        expected = BACKWARD * self.tokens * self._token_seconds
+        expected = BACKWARD * self.base.tokens * self.base.token_seconds
         seconds = max(self.budget.share, self.budget.left / 4)
         return min(batch_size, int(seconds / (LEAST_STEPS * expected)))
 
     def _unseen(self, passes: float) -> Estimate:
         """Of so many samples' forward passes, where none was timed."""
-        return guess(passes * self.tokens * self._token_seconds)
+        return guess(passes * self.base.tokens * self.base.token_seconds)
 
     def _encoded(self, samples: Sequence[Sample], n: int) -> tuple[_Asked, Estimate]:
         """Token ids, and what they take for ``n`` samples."""
         with stopwatch() as encoding:
-            encoded = list(self.captured.encoder.encode_all(samples))
+            encoded = list(self.base.captured.encoder.encode_all(samples))
         return _Asked(encoded), encoding.estimate.times(n / max(1, len(samples)))
-
-    def _model(self, precision: str) -> Any:
-        """The base in that precision; loaded once, and kept until another is asked for."""
-        if precision not in self._loaded:
-            self._forget()
-            with stopwatch() as loading:
-                _ = self.captured.encoder
-                self._loaded[precision] = self._fresh(precision)
-            self._load_seconds.append(loading.seconds)
-            if loading.seconds < WORTH_LOADING_AGAIN * self.budget.seconds:
-                with stopwatch() as again:
-                    self._fresh(precision)
-                self._load_seconds.append(again.seconds)
-            self.captured.__dict__["model"] = self._loaded[precision]
-            self._probe(self._loaded[precision])
-        return self._loaded[precision]
-
-    def _probe(self, model: Any) -> None:
-        """What a forward pass takes a token, as a quick look has it: how much may be begun with."""
-        for length in (PROBED, max(PROBED, round(self.tokens))):
-            ids = torch.zeros((1, length), dtype=torch.long, device=self.captured.device)
-            with torch.inference_mode(), stopwatch() as passed:
-                model(input_ids=ids).logits.cpu()
-            self._token_seconds = passed.seconds / length
-            if passed.seconds > PROBE_SECONDS:
-                break
-
-    def _fresh(self, precision: str) -> Any:
-        model = load_model(Path(self.inputs.base.folder), precision, self.captured.device)
-        return model.requires_grad_(False)
 
     def _count(self, file: Path, times: float) -> None:
         self.bytes += file.stat().st_size * times
-
-    def _at_rest(self, model: Any) -> None:
-        model.zero_grad(set_to_none=True)
-        model.requires_grad_(False).eval()
-
-    def _forget(self) -> None:
-        self._loaded.clear()
-        self.captured.__dict__.pop("model", None)
-        gc.collect()

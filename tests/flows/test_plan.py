@@ -170,10 +170,15 @@ def test_another_target_with_a_head_map_measures_nothing_anew(job):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"heads": {"average_over": 2}},
-        {"arms": {"random": True, "full": "measured"}, "training": {"adaptation": "lora"}},
-        {"scoring": {"scorer": "less", "options": {"epochs": 1, "dimensions": 256}}},
-        {"scoring": {"scorer": "bm25"}, "evaluation": {"retention": {"path": "kept.jsonl"}}},
+        {
+            "heads": {"average_over": 2},
+            "arms": {"random": True, "full": "measured"},
+            "training": {"adaptation": "lora"},
+        },
+        {
+            "scoring": {"scorer": "less", "options": {"epochs": 1, "dimensions": 256}},
+            "evaluation": {"retention": {"path": "kept.jsonl"}},
+        },
     ],
     ids=str,
 )
