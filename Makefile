@@ -26,8 +26,8 @@ pytest: $(INSTALLED)
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
 
-stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; minutes
-	$(BIN)/pytest tests/stack -m stack --timeout 900
+stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; part of make test
+	$(BIN)/pytest tests/stack
 
 operations-test: $(INSTALLED)  ## every command of docs/operations.md on real servers; many minutes
 	$(BIN)/pytest tests/test_operations.py -m "" --timeout 1800

@@ -15,23 +15,28 @@ for name in [name for name in os.environ if name.startswith(("PREFECT_", "P2D_",
 _home = tempfile.TemporaryDirectory(prefix="p2d-tests-")
 prepare_environment(Path(_home.name))
 
-DEMO = ("test_readme.py", "test_demo.py")
-"""They share one run of the demo, and take longest."""
+TOGETHER = {"test_readme.py": "demo", "test_demo.py": "demo", "stack": "stack"}
+"""Files and folders whose tests share what takes minutes: one run of the demo, a team's servers."""
+
+
+def shared(file: Path) -> str | None:
+    """What the tests of a file share with those of others."""
+    return TOGETHER.get(file.name, TOGETHER.get(file.parent.name))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest work begins first."""
-    items.sort(key=lambda item: item.path.name not in DEMO)
+    items.sort(key=lambda item: shared(item.path) is None)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker for each file, as its fixtures are shared, and one for all files of the demo."""
+    """Each file to one worker, as its tests share fixtures; files that share more to one, too."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "demo" if Path(file).name in DEMO else file
+            return shared(Path(file)) or file
 
     return ByFile(config, log)

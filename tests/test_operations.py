@@ -204,7 +204,7 @@ class Team:
         return json.loads(max(files, key=lambda file: file.stat().st_mtime_ns).read_text())
 
 
-stack_test = pytest.mark.stack
+stack_test = pytest.mark.slow
 slow_enough = pytest.mark.timeout(900)
 
 

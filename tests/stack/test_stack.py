@@ -16,7 +16,7 @@ import pytest
 from p2d_core.store import Store
 from tests.stack.servers import Stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def runs_of(stack: Stack, deployment: str, *states: str) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def test_mlflow_has_every_run_with_its_files_through_the_proxy(stack, deployed, 
     client = MlflowClient(tracking_uri=stack.mlflow_url)
     (experiment,) = [e for e in client.search_experiments() if e.name == "p2d"]
     assert experiment.artifact_location.startswith("mlflow-artifacts:")
-    runs = client.search_runs([experiment.experiment_id], "tags.`p2d.run_id` != ''")
+    runs = client.search_runs([experiment.experiment_id], "tags.`p2d.kind` = 'adaptation'")
     recorded = {run.data.tags["p2d.run_id"] for run in runs}
     assert {summary["run_id"] for summary in summaries(store)} <= recorded
     one = next(run for run in runs if run.data.tags["p2d.run_id"] in recorded)
