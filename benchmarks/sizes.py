@@ -49,6 +49,8 @@ class Size:
     device: str
     precision: str
     shapes: tuple[Shape, ...]
+    """That are scored with."""
+    trained_shapes: tuple[Shape, ...]
     ranking_shapes: tuple[Shape, ...]
     scored: int
     """Samples in a run of `scoring_vs_forward`."""
@@ -70,8 +72,26 @@ QWEN_HALF_B = Shape("qwen2.5-0.5b-shape", 896, 24, 14, 2, 64, 4864, 151_936)
 QWEN_7B = Shape("qwen2.5-7b-shape", 3584, 28, 28, 4, 128, 18_944, 152_064)
 
 SIZES = {
-    "cpu": Size("cpu", "float32", (SMALL,), (QWEN_HALF_B,), 16, 2048, 4, 32),
+    "cpu": Size(
+        device="cpu",
+        precision="float32",
+        shapes=(SMALL,),
+        trained_shapes=(QWEN_HALF_B,),
+        ranking_shapes=(QWEN_HALF_B,),
+        scored=16,
+        tokens_per_batch=2048,
+        train_rows=2,
+        chain_scored=32,
+    ),
     "gpu": Size(
-        "cuda", "bfloat16", (LLAMA_1B, QWEN_7B), (QWEN_HALF_B, QWEN_7B), 2048, 32_768, 16, 2048
+        device="cuda",
+        precision="bfloat16",
+        shapes=(LLAMA_1B, QWEN_7B),
+        trained_shapes=(LLAMA_1B, QWEN_7B),
+        ranking_shapes=(QWEN_HALF_B, QWEN_7B),
+        scored=2048,
+        tokens_per_batch=32_768,
+        train_rows=16,
+        chain_scored=2048,
     ),
 }

@@ -28,7 +28,7 @@ Moving = tuple[list[nn.Parameter], bool]
 
 def measure(size: Size) -> Iterator[Figure]:
     """`masked_vs_full_step`, its upper half, `masked_vs_lora_step`, `masked_vs_full_memory`."""
-    for shape in size.shapes:
+    for shape in size.trained_shapes:
         try:
             yield from _Bench(size, shape).figures()
         except torch.OutOfMemoryError:
