@@ -37,7 +37,7 @@ from tasks.stage import Runtime, SourceInput
 from tasks.summary import Summary
 from tasks.tracking.database import mlflow_uri
 from tests.demo_run import P2D
-from tests.faults.bad_inputs import Bad, Job, every_bad_input
+from tests.faults.bad import Bad, Job, every_bad_input
 from tests.faults.quick_job import SmallJob
 from tests.faults.trials import trials
 from tests.small_store import fill, keep_run, summary

@@ -37,7 +37,7 @@ from p2d_core.synthetic.world import BASE_FOLDER
 from tasks.samples import read_source
 from tasks.stage import Runtime, SourceInput
 from tests.demo_run import P2D
-from tests.faults.bad_inputs import Job
+from tests.faults.bad import Job
 from tests.faults.quick_job import SmallJob
 from tests.faults.trials import trials
 from tests.small_store import fill, samples
