@@ -15,8 +15,8 @@ import yaml
 from flows.adapt import run_adapt
 from flows.settings import parse_settings
 from p2d_core.store import Store
-from p2d_core.synthetic.world import BASE_FOLDER, write_world
 from tasks.summary import Summary
+from tests.job import ROWS, SETTINGS, changed, write_files
 
 P2D = Path(sys.executable).with_name("p2d")
 
@@ -43,34 +43,13 @@ class SmallJob:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        write_world(folder / "whole", seed=3)
-        for name, rows in {
-            "target.jsonl": 60, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 200,
-            "corpus/drills.jsonl": 200,
-        }.items():  # fmt: skip
-            lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text("".join(lines[:rows]))
-        self.values: dict[str, Any] = {
-            "name": "small",
-            "base": str(BASE_FOLDER),
-            "target": {"path": "target.jsonl"},
-            "corpus": {
-                "sources": [{"path": "corpus/ledgers.jsonl"}, {"path": "corpus/drills.jsonl"}],
-                "include_target": False,
-            },
-            "evaluation": {"source": {"path": "evaluation.jsonl"}},
-            "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
-            "heads": {"ranker": "frobenius", "proxy_epochs": 1},
-            "training": {"epochs": 1},
-            "arms": {"random": False, "full": "calibrated", "calibration_steps": 4},
-        }
+        write_files(folder, ROWS | {"corpus/ledgers.jsonl": 200, "corpus/drills.jsonl": 200})
         self.file = folder / "run.yaml"
-        self.file.write_text(yaml.safe_dump(self.values))
+        self.file.write_text(yaml.safe_dump(SETTINGS))
 
     def here(self, store: Path, **changes: Any) -> Summary:
         """The same in this process, with the server that all tests share."""
-        return run_adapt(parse_settings(self.values | changes, self.file), store=store)
+        return run_adapt(parse_settings(changed(SETTINGS, changes), self.file), store=store)
 
     def start(
         self,

@@ -38,8 +38,8 @@ from tasks.summary import Summary
 from tasks.tracking.database import mlflow_uri
 from tests.demo_run import P2D
 from tests.faults.bad import Bad, Job, every_bad_input
-from tests.faults.quick_job import SmallJob
 from tests.faults.trials import trials
+from tests.job import quick_job
 from tests.small_store import fill, keep_run, summary
 
 CORPUS = every_bad_input()
@@ -379,7 +379,7 @@ def test_a_condition_is_refused_or_answers_yes_or_no(condition: str):
 
 @pytest.mark.faults
 def test_up_to_n_bad_rows_are_set_aside_with_their_reasons(tmp_path, monkeypatch, capfd):
-    job = SmallJob(tmp_path)
+    job = quick_job(tmp_path)
     pool = job.folder / "corpus/ledgers.jsonl"
     lines = pool.read_text().splitlines()
     lines[3] = '{"prompt": "cut'

@@ -38,8 +38,8 @@ from tasks.samples import read_source
 from tasks.stage import Runtime, SourceInput
 from tests.demo_run import P2D
 from tests.faults.bad import Job
-from tests.faults.quick_job import SmallJob
 from tests.faults.trials import trials
+from tests.job import quick_job
 from tests.small_store import fill, samples
 from tests.tiny import tiny_llama
 
@@ -421,7 +421,7 @@ def test_mlflow_would_run_the_code_of_such_a_model(tmp_path, mark, monkeypatch):
 
 @pytest.mark.faults
 def test_a_run_in_a_store_full_of_payloads_runs_none(tmp_path, mark):
-    job = SmallJob(tmp_path)
+    job = quick_job(tmp_path)
     job.run()
     plant_everywhere(job.store, mark)
     job.run(selection={"fraction": 0.2})

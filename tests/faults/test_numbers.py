@@ -383,7 +383,7 @@ def test_a_base_with_weights_that_are_no_numbers_is_refused_before_the_start(job
 @pytest.mark.parametrize("stage", trials(["proxy", "heads", "training"], quick=0))
 def test_a_learning_rate_far_too_high_ends_in_a_clear_error_or_a_finite_model(stage, job, tmp_path):
     key = "proxy_learning_rate" if stage == "heads" else "learning_rate"
-    changes = {stage: job.values[stage] | {key: 1e30}}
+    changes = {stage: {key: 1e30}}
     told, quality = "", math.nan
     try:
         quality = job.here(tmp_path / "store", **changes).quality.p2d

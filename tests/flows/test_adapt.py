@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,50 +12,14 @@ from flows.adapt import run_adapt
 from flows.settings import load_settings, parse_settings
 from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import Store
-from p2d_core.synthetic.world import BASE_FOLDER, write_world
+from p2d_core.synthetic.world import BASE_FOLDER
 from tasks.summary import Summary
+from tests.job import Job
 
 MADE_FROM_SCRATCH = [
     "samples", "proxy", "heads", "measurements", "scores", "head_proxy",
     "subset", "model", "reference", "evaluation",
 ]  # fmt: skip
-
-
-class Job:
-    """A small adaptation whose files and settings a test can change between runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.store = folder / "artifacts"
-        write_world(folder / "whole", seed=3)
-        for name, rows in {
-            "target.jsonl": 60, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 300,
-            "corpus/drills.jsonl": 900,
-        }.items():  # fmt: skip
-            lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text("".join(lines[:rows]))
-        self.values = {
-            "name": "small",
-            "base": str(BASE_FOLDER),
-            "target": {"path": "target.jsonl"},
-            "corpus": {
-                "sources": [{"path": "corpus/ledgers.jsonl"}, {"path": "corpus/drills.jsonl"}],
-                "include_target": False,
-            },
-            "evaluation": {"source": {"path": "evaluation.jsonl"}},
-            "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
-            "heads": {"ranker": "frobenius", "proxy_epochs": 1},
-            "training": {"epochs": 1},
-            "arms": {"random": False, "full": "calibrated", "calibration_steps": 4},
-        }
-
-    def run(self, head_map: str | None = None, **changes: Any) -> Summary:
-        values = dict(self.values)
-        for key, value in changes.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        settings = parse_settings(values, self.folder / "run.yaml")
-        return run_adapt(settings, store=self.store, head_map=head_map)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from p2d_core.models import load_model
 from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER
 from tests.demo_run import P2D
-from tests.faults.quick_job import SmallJob
+from tests.job import Job, quick_job
 from tests.stock import run_stock
 
 FORMS = ("lora", "merged", "delta")
@@ -45,11 +45,11 @@ for form, lines in cards.items():
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> SmallJob:
+def job(tmp_path_factory) -> Job:
     """One run, whose base lies in the job's folder."""
     folder = tmp_path_factory.mktemp("job")
     shutil.copytree(BASE_FOLDER, folder / "tiny-base")
-    job = SmallJob(folder)
+    job = quick_job(folder)
     job.values["base"] = "tiny-base"
     job.summary = job.run(arms=job.values["arms"] | {"random": True})
     job.key = Path(job.summary.artifacts["model"]).name

@@ -15,7 +15,7 @@ from p2d_core.errors import InputError, SettingsError
 from p2d_core.store import Store
 from p2d_core.store.query import open_reader
 from tasks.tracking.database import mlflow_uri
-from tests.flows.test_adapt import Job
+from tests.job import Job
 
 GRID = {
     "rankers": ["frobenius", "random"],

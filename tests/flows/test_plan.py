@@ -12,22 +12,16 @@ from flows.environment import NEW_BOOKS
 from flows.inputs import check_inputs
 from flows.plan import run_plan
 from flows.planned import plan_key
-from flows.settings import parse_settings
 from p2d_core.store import Store
 from tasks.planned import Plan
-from tests.flows.test_adapt import MADE_FROM_SCRATCH, Job, computed
+from tests.flows.test_adapt import MADE_FROM_SCRATCH, computed
+from tests.job import Job
 
 SUBSET_ON = ["subset", "model", "evaluation"]
 
 
 class Planned(Job):
     """The small job, planned as it is run."""
-
-    def settings(self, **changes: Any) -> Any:
-        values = dict(self.values)
-        for key, value in changes.items():
-            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-        return parse_settings(values, self.folder / "run.yaml")
 
     def plan(self, head_map: str | None = None, seconds: float = 20, **changes: Any) -> Plan:
         settings = self.settings(**changes)

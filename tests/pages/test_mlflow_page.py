@@ -19,7 +19,7 @@ from tasks.stage import Runtime
 from tasks.summary import Summary
 from tasks.tracking.database import prepare_tracking
 from tasks.tracking.views import ARMS, COMPARED, TABLE, address, run_address, version_address
-from tests.flows.test_adapt import Job
+from tests.job import Job
 from tests.pages.browser import chromium, needs_chromium, page_at
 
 pytestmark = [needs_chromium, pytest.mark.timeout(600)]

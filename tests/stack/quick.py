@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from p2d_core.synthetic.world import BASE_FOLDER, write_world
+from p2d_core.synthetic.world import BASE_FOLDER
+from tests.job import write_files
 
 ROWS = {
     "target.jsonl": 240, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 200,
@@ -21,9 +22,5 @@ QUICK = {
 
 def write_home(folder: Path) -> None:
     """Files where deployment.yaml looks for them."""
-    write_world(folder / "whole", seed=3)
-    for name, rows in ROWS.items():
-        lines = (folder / "whole" / name).read_text().splitlines(keepends=True)
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(lines[:rows]))
+    write_files(folder, ROWS)
     (folder / "base").symlink_to(BASE_FOLDER)
