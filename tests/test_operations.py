@@ -25,9 +25,9 @@ from tasks.record import record_run
 from tasks.tracking.database import mlflow_uri
 from tests.docker.compose import read_env
 from tests.docker.stand_in import Project, put_on_path
+from tests.needs import postgres_programs
 from tests.small_store import fill, keep_run, summary
 from tests.stack.quick import QUICK, write_home
-from tests.stack.servers import postgres_programs
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
@@ -210,8 +210,7 @@ slow_enough = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory) -> Iterator[Team]:
-    if postgres_programs() is None:
-        pytest.skip("PostgreSQL's server programs (initdb and the like) are not installed")
+    postgres_programs()
     team = Team(tmp_path_factory.mktemp("team"))
     try:
         for block in commands("Start the stack")[:1]:

@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 
 from tests.docker.compose import read_compose, read_env
-from tests.stack.servers import BIN, NOBODY, clean, free_port, postgres_programs
+from tests.needs import postgres_programs
+from tests.stack.servers import BIN, NOBODY, clean, free_port
 
 ROOT = Path(__file__).parents[2]
 ORDER = ["postgres", "prefect", "mlflow", "deploy", "worker"]

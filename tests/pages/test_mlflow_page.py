@@ -20,9 +20,9 @@ from tasks.summary import Summary
 from tasks.tracking.database import prepare_tracking
 from tasks.tracking.views import ARMS, COMPARED, TABLE, address, run_address, version_address
 from tests.job import Job
-from tests.pages.browser import chromium, needs_chromium, page_at
+from tests.pages.browser import chromium, page_at
 
-pytestmark = [needs_chromium, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 SCREEN = (1900, 1200)
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from p2d_core.store import Store
 from tasks.report.html import as_html
-from tests.pages.browser import chromium, needs_chromium, page_at, pages_printed
+from tests.pages.browser import chromium, page_at, pages_printed
 from tests.tasks.report.test_report import HOSTILE, many, page_of
 
-pytestmark = [needs_chromium, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 LONG = "wordwithoutanyspace" * 12
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.needs import postgres_programs
 from tests.stack.quick import QUICK, write_home
-from tests.stack.servers import Stack, postgres_programs
+from tests.stack.servers import Stack
 
 DEPLOYMENT = Path(__file__).parents[2] / "deployment.yaml"
 SECONDS_TO_LIVE = 45
@@ -31,8 +32,6 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory) -> Iterator[Stack]:
     programs = postgres_programs()
-    if programs is None:
-        pytest.skip("PostgreSQL's server programs (initdb and the like) are not installed")
     stack = Stack(tmp_path_factory.mktemp("stack"))
     try:
         stack.start_postgres(programs)

@@ -25,13 +25,6 @@ ACCOUNTS = Path(__file__).parents[2] / "docker/basic_auth.ini"
 HEALTHY = {"prefect": "/api/health", "mlflow": "/health"}
 
 
-def postgres_programs() -> Path | None:
-    """Folder of initdb and its like; None where PostgreSQL is not installed."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    on_path = shutil.which("initdb")
-    return found[-1].parent if found else Path(on_path).parent if on_path else None
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
