@@ -14,6 +14,9 @@ from tasks.summary import ARMS, Summary
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDTH = 5.6
+"""Inches: no more, so that the letters can still be read where a phone makes the picture small."""
+
 
 def draw_pictures(
     folder: Path,
@@ -35,12 +38,12 @@ def draw_pictures(
         folder / "sources.png", height=1 + 0.4 * len(summary.selection.by_source)
     ) as axes:
         _draw_sources(axes, summary)
-    with _picture(folder / "aer.png", height=2.6) as axes:
+    with _picture(folder / "aer.png", height=2.8) as axes:
         _draw_aer(axes, summary)
     with _picture(folder / "quality.png", height=2.6) as axes:
         _draw_quality(axes, summary)
     if curves:
-        with _picture(folder / "loss.png", height=4) as axes:
+        with _picture(folder / "loss.png", height=3.2) as axes:
             for name, curve in curves.items():
                 points = [point for point in curve if "loss" in point]
                 axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=name)
@@ -54,7 +57,7 @@ def _picture(file: Path, height: float) -> Iterator[Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, max(1.8, min(12.0, height))), dpi=110, layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(1.8, min(12.0, height))), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -87,7 +90,7 @@ def _draw_aer(axes: Axes, summary: Summary) -> None:
     axes.barh(["full"], [aer.full_seconds], color="#c9d3df", label=f"full ({aer.reference})")
     axes.set_xlabel("seconds")
     axes.set_title(f"AER cold {aer.cold:.3f}, this run {aer.this_run:.3f}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
 def _draw_quality(axes: Axes, summary: Summary) -> None:

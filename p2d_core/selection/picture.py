@@ -38,7 +38,7 @@ def draw_affinities(
 
     low, width, everything, chosen = _histogram(scores, subset)
     left = [low + i * width for i in range(BINS)]
-    figure = Figure(figsize=(7.5, 4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(5.6, 3.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for counts, what, color in ((everything, "corpus", "#c9d3df"), (chosen, "chosen", "#d1495b")):
@@ -56,6 +56,8 @@ def draw_affinities(
             textcoords="offset points",
             ha="right" if is_right else "left",
             fontsize=9,
+            # it may lie on bars
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     if max(everything) > 100:
         axes.set_yscale("symlog", linthresh=10)

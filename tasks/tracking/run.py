@@ -26,8 +26,8 @@ Curves = Mapping[str, list[dict[str, float]]]
 
 LONGEST_PARAM = 6000
 CURVE_POINTS = 1000
-BAR = 20
-"""Characters of the bar of a run's stages."""
+BAR = 16
+"""Characters of the bar of a run's stages: what a column of the table has room for."""
 TERM_CHARACTERS = {"proxy": "░", "heads": "▒", "scores": "▓", "subset": "│", "model": "█"}
 ARM_REFS = {"proxy": "head_proxy", "random": "model_random", "full": "model_full"}
 """What was trained in an arm."""
@@ -124,7 +124,7 @@ def common_tags(page: Page) -> dict[str, str]:
 
 
 def bar(stages: Mapping[str, float], full_seconds: float) -> str:
-    """Seconds by stage as a stacked bar of 20 characters, which are full fine-tuning.
+    """Seconds by stage as a stacked bar of 16 characters, which are full fine-tuning.
 
     Where P2D took longer, they are P2D.
     """

@@ -24,15 +24,15 @@ COLUMNS = (
     ("tags.`target`", 80),
     ("tags.`base_model`", 90),
     ("tags.`heads`", 112),
-    ("tags.`data`", 148),
+    ("tags.`data`", 140),
     ("metrics.`quality before`", 115),
     ("metrics.`quality`", 68),
     ("metrics.`quality gain`", 98),
-    ("metrics.`AER`", 76),
+    ("metrics.`AER`", 60),
     ("metrics.`speedup`", 76),
-    ("tags.`AER parts`", 140),
+    ("tags.`AER parts`", 174),
     ("metrics.`parameters`", 95),
-    ("tags.`reused`", 100),
+    ("tags.`reused`", 92),
 )
 """Of the adaptations: column, width in pixels. All fit on a screen of 1,900."""
 FIRST_COLUMNS = (("attributes.`Run Name`", 160), ("runDateAndNestInfo", 140))

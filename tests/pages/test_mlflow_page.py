@@ -24,6 +24,13 @@ from tests.pages.browser import chromium, page_at
 
 pytestmark = pytest.mark.timeout(600)
 SCREEN = (1900, 1200)
+CUT_OFF = """
+[...document.querySelectorAll("[row-index='0'] [role=gridcell][col-id]")]
+  .filter(one => /^(tags|metrics|attributes.`User)/.test(one.getAttribute('col-id')))
+  .filter(one => [...one.querySelectorAll('span')].some(it => it.scrollWidth > it.clientWidth))
+  .map(one => one.innerText)
+"""
+"""Cells of ours that MLflow ends with an ellipsis."""
 
 
 @dataclass
@@ -107,6 +114,7 @@ def test_the_experiment_shows_every_adaptation_in_a_table(recorded, browser):
         for name in ("quality before", "quality gain", "AER parts", "parameters", "reused"):
             assert name in headers
             assert in_sight(page, name), name
+        assert page.evaluate(CUT_OFF) == []
         page.screenshot(path=recorded.folder / "experiment.png")
     assert shown["tags.`target`"] == "target"
     assert shown["tags.`base_model`"] == "base"
@@ -118,7 +126,7 @@ def test_the_experiment_shows_every_adaptation_in_a_table(recorded, browser):
         done.quality.base - done.quality.p2d, rel=1e-3
     )
     assert float(shown["metrics.`AER`"]) == round(done.aer.cold, 3)
-    assert len(shown["tags.`AER parts`"]) == 20
+    assert len(shown["tags.`AER parts`"]) == 16
     assert shown["tags.`reused`"] == "nothing"
     assert shown["metrics.`parameters`"] == str(done.trainable.parameters)
     assert shown["attributes.`User`"]

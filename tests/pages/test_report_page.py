@@ -11,6 +11,18 @@ from tests.tasks.report.test_report import HOSTILE, many, page_of
 
 pytestmark = pytest.mark.timeout(300)
 LONG = "wordwithoutanyspace" * 12
+WIDER_THAN_ITS_BOX = """
+[...document.querySelectorAll('.figures div')]
+  .filter(one => one.scrollWidth > one.clientWidth).map(one => one.innerText)
+"""
+BROKEN_WORDS = """
+[...document.querySelectorAll('.lineage td:first-child')]
+  .filter(one => {
+    const text = document.createRange(); text.selectNodeContents(one);
+    return text.getClientRects().length > 1;
+  }).map(one => one.innerText)
+"""
+"""Names of artifacts that do not stand in one line."""
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +39,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         base=LONG,
         target=LONG,
         command=f"p2d adapt {LONG}.yaml",
+        quality__base=123456.789,
+        quality__p2d=123456.788,
         selection__by_source=dict.fromkeys(names, 5),
         selection__corpus_by_source=dict.fromkeys(names, 50),
         selection__notes=[f"note {n}: {HOSTILE}" for n in range(30)],
@@ -46,6 +60,8 @@ def test_nothing_is_wider_than_the_screen_and_every_picture_is_there(reports, na
         page.on("request", lambda request: asked.append(request.url))
         page.goto(reports[name].as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(WIDER_THAN_ITS_BOX) == []
+        assert page.evaluate(BROKEN_WORDS) == []
         assert page.evaluate("[...document.images].every(one => one.naturalWidth > 100)")
         assert page.evaluate("document.images.length") == 4
         page.screenshot(path=reports[name].with_suffix(f".{width}.png"), full_page=True)

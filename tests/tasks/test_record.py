@@ -138,8 +138,8 @@ def test_the_table_has_a_cell_for_all_that_a_reader_asks(recorded, client):
     assert (tags["target"], tags["base_model"], tags["reused"]) == ("sums", "tiny", "proxy")
     assert (tags["heads"], tags["data"]) == ("1/4 (25.0%)", "4/40 (10.0%)")
     assert metrics["quality gain"] == pytest.approx(0.7)
-    # 2, 1, 3, 0.5 and 4 seconds of 50 end at 0.8, 1.2, 2.4, 2.6 and 4.2 characters of 20
-    assert tags["AER parts"] == "░▓│█" + "·" * 16
+    # 2, 1, 3, 0.5 and 4 seconds of 50 end at 0.64, 0.96, 1.92, 2.08 and 3.36 characters of 16
+    assert tags["AER parts"] == "░▓█" + "·" * 13
     for column, _ in COLUMNS:
         kind, name = column.split(".", 1)
         there = {"tags": tags, "metrics": metrics, "attributes": {"User"}}[kind]
@@ -147,8 +147,8 @@ def test_the_table_has_a_cell_for_all_that_a_reader_asks(recorded, client):
 
 
 def test_the_bar_of_the_stages_is_never_longer_than_its_cell():
-    assert bar({"proxy": 5.0, "model": 5.0}, 20.0) == "░" * 5 + "█" * 5 + "·" * 10
-    assert bar({"proxy": 30.0, "model": 10.0}, 20.0) == "░" * 15 + "█" * 5
+    assert bar({"proxy": 5.0, "model": 5.0}, 20.0) == "░" * 4 + "█" * 4 + "·" * 8
+    assert bar({"proxy": 30.0, "model": 10.0}, 20.0) == "░" * 12 + "█" * 4
     assert bar({"proxy": 0.0}, 0.0) == ""
 
 
