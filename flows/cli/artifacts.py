@@ -110,12 +110,13 @@ def verify(
 ) -> None:
     """Check that every file is as it was made. Exit code 1 if one is not.
 
-    Artifacts and summaries of runs are looked at; what MLflow and Prefect keep for themselves is
-    not.
+    Artifacts, summaries of runs and the note of head maps in use are looked at; what MLflow and
+    Prefect keep for themselves is not.
 
     Example: [bold]p2d artifacts verify[/bold]
     """
     from flows.cli.progress import StageProgress
+    from p2d_core.store.in_use import keys_in_use
     from p2d_core.store.runs import read_summary, run_files
 
     here = existing_store(store)
@@ -130,6 +131,10 @@ def verify(
             read_summary(file)
         except ArtifactError as error:
             damaged.append(f"{error} No run makes it again: delete it.")
+    try:
+        keys_in_use(here.root)
+    except ArtifactError as error:
+        damaged.append(str(error))
     if damaged:
         raise ArtifactError(
             "\n".join(damaged) + "\nWhat is damaged is found and made again by the next run that "

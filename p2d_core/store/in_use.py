@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from p2d_core.errors import ArtifactError
 
 FILE = "heads_in_use.json"
+OWN_HASH = "sha256"
+"""Beside the maps: a changed letter of a key would let `gc` remove the map that is in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ def put_in_use(store: Path, base: str, target: str, in_use: InUse) -> None:
     with _alone(store):
         every = _read(store) | {_name(base, target): asdict(in_use)}
         draft = store / f"{FILE}.tmp"
-        draft.write_text(json.dumps(every, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(every | {OWN_HASH: _hash_of(every)}, indent=1, sort_keys=True)
+        draft.write_text(text + "\n", encoding="utf-8")
         draft.replace(store / FILE)
 
 
@@ -67,14 +71,20 @@ def _name(base: str, target: str) -> str:
 def _read(store: Path) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads((store / FILE).read_text(encoding="utf-8"))
+        if found.pop(OWN_HASH) != _hash_of(found):
+            raise ValueError("it has other content than was written")
         return {name: asdict(InUse(**one)) for name, one in found.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ArtifactError(
             f"{store / FILE} does not say which head maps are in use ({error}). Delete it: the "
             "next run that asks for the map in use ranks anew."
         ) from error
+
+
+def _hash_of(every: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Damage to any file of a store is found before the file is used, said, and made good.
 
 A flipped bit, a file cut short, an emptied one, one swapped with another's: in artifacts and their
-manifests, in checkpoints, in summaries of runs, and in what Prefect keeps of results. Prefect's and
-MLflow's databases are those programs' own and are not covered.
+manifests, in checkpoints, in summaries of runs, in the note of head maps in use, and in what
+Prefect keeps of results. Prefect's and MLflow's databases are those programs' own and are not
+covered.
 """
 
 import logging
@@ -19,6 +20,7 @@ from flows.cli.artifacts import verify
 from p2d_core.errors import ArtifactError
 from p2d_core.store import Store
 from p2d_core.store.gc import unneeded
+from p2d_core.store.in_use import FILE, InUse, head_map_in_use, put_in_use
 from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.query import open_reader
 from tests.faults.trials import trials
@@ -125,6 +127,24 @@ def test_a_damaged_summary_of_a_run_is_not_believed(
         else:
             assert "runs" not in reader.columns
     assert caplog.text.count("is left out") == len(damaged)
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)))
+def test_a_damaged_note_of_the_map_in_use_is_not_believed(number: int, tmp_path: Path) -> None:
+    store = Store(tmp_path / "artifacts")
+    refs = fill(store)
+    keep_run(store, summary(refs))
+    put_in_use(store.root, "b" * 64, "math", InUse(refs["heads"].key, "2026-01-01", "first", 1))
+    verify(None, store.root)
+    note = store.root / FILE
+    DAMAGES[number](note, random.Random(f"note {number}"), [refs["heads"].path / MANIFEST])
+    for ask in (
+        lambda: verify(None, store.root),
+        lambda: unneeded(store),
+        lambda: head_map_in_use(store.root, "b" * 64, "math"),
+    ):
+        with pytest.raises(ArtifactError, match=r"heads_in_use\.json .* Delete it"):
+            ask()
 
 
 @pytest.fixture

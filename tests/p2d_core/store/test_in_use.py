@@ -33,6 +33,20 @@ def test_many_at_once_lose_nothing(tmp_path):
     assert keys_in_use(tmp_path) == {f"k{i}" for i in range(40)}
 
 
+def test_a_changed_bit_anywhere_is_seen(tmp_path):
+    put_in_use(tmp_path, BASE, "math", InUse("k1", "2026-01-01", "first", 1))
+    whole = (tmp_path / FILE).read_bytes()
+    for place in range(len(whole) - 1):  # but for the line end behind it
+        (tmp_path / FILE).write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        )
+        try:
+            assert keys_in_use(tmp_path) == {"k1"}
+            assert whole[place] in b" \n"
+        except ArtifactError:
+            pass
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"key": "k"}}', "{"])
 def test_a_file_that_says_nothing_is_named_with_the_cure(tmp_path, content):
     (tmp_path / FILE).write_text(content)
