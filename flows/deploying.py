@@ -1,4 +1,4 @@
-"""What `prefect deploy` makes at the server beside the deployments: a queue, an automation.
+"""What `prefect deploy` makes at the server beside the deployments: a queue, two automations.
 
 Named as a build step in `deployment.yaml`; doing it again changes nothing.
 """
@@ -6,16 +6,18 @@ Named as a build step in `deployment.yaml`; doing it again changes nothing.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import get_client
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import StateType
     from prefect.events.schemas.automations import AutomationCore
 
 TAG = "p2d"
 """What every deployment of `deployment.yaml` is tagged with."""
-GO_ON_AFTER_A_KILL = "p2d: go on after a kill"
+LOST = "Lost"
+"""State of a run that gave no sign of life, for the moment until it is scheduled again."""
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a run (`p2d worker`); Prefect knows no shorter one."""
 
@@ -36,33 +38,69 @@ def prepare(pool: str, queue: str, seconds_to_live: int = 90) -> dict[str, str]:
             client.update_work_queue(found.id, concurrency_limit=1)
         except ObjectNotFound:
             client.create_work_queue(queue, work_pool_name=pool, concurrency_limit=1)
-        wanted = taken_up_again(seconds_to_live)
-        same = client.read_automations_by_name(wanted.name)
-        if same:
-            client.update_automation(same[0].id, wanted)
-        else:
-            client.create_automation(wanted)
+        for wanted in (noticed(seconds_to_live), taken_up_again()):
+            same = client.read_automations_by_name(wanted.name)
+            if same:
+                client.update_automation(same[0].id, wanted)
+            else:
+                client.create_automation(wanted)
     return {"queue": queue}
 
 
-def taken_up_again(seconds: int) -> AutomationCore:
-    """The rule: a run that gives no sign of life is scheduled again, for whichever worker is there.
+def noticed(seconds: int) -> AutomationCore:
+    """The rule: a run at work that gives no sign of life is lost.
 
-    What it had finished is in the store, so it goes on from there.
+    A last heartbeat may come in after the end of its run, and nothing follows it. So the state is
+    not forced: Prefect takes no run that has ended for crashed, but would schedule one again.
     """
     from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-    from prefect.events.schemas.events import ResourceSpecification
+    from prefect.events.schemas.automations import Posture
 
     alive = "prefect.flow-run.heartbeat"
     ended = {
         f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")
     }
+    return _rule(
+        "p2d: notice a kill",
+        f"A run without a sign of life for {seconds} s is lost.",
+        (StateType.CRASHED, LOST, "No sign of life: its worker is gone."),
+        after={alive},
+        expect={alive} | ended,
+        posture=Posture.Proactive,
+        within=timedelta(seconds=seconds),
+    )
+
+
+def taken_up_again() -> AutomationCore:
+    """The rule: a lost run is scheduled again, for whichever worker is there.
+
+    What it had finished is in the store, so it goes on from there.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.schemas.automations import Posture
+
+    return _rule(
+        "p2d: go on after a kill",
+        "A lost run is scheduled again; it goes on from what it had finished.",
+        (StateType.SCHEDULED, "AwaitingRetry", "It goes on from what was finished."),
+        expect={f"prefect.flow-run.{LOST}"},
+        posture=Posture.Reactive,
+        within=timedelta(0),
+    )
+
+
+def _rule(
+    name: str, description: str, state: tuple[StateType, str, str], **trigger: Any
+) -> AutomationCore:
+    """Of every single run of ours, to a state of this type, name and message."""
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger
+    from prefect.events.schemas.events import ResourceSpecification
+
+    kind, called, message = state
     return AutomationCore(
-        name=GO_ON_AFTER_A_KILL,
-        description=f"A run without a sign of life for {seconds} s is scheduled again; "
-        "it goes on from what it had finished.",
+        name=name,
+        description=description,
         enabled=True,
         trigger=EventTrigger(
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
@@ -70,18 +108,8 @@ def taken_up_again(seconds: int) -> AutomationCore:
                 {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
             ),
             for_each={"prefect.resource.id"},
-            after={alive},
-            expect={alive} | ended,
-            posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=seconds),
+            **trigger,
         ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.SCHEDULED,
-                name="AwaitingRetry",
-                message="No sign of life: its worker is gone. It goes on from what was finished.",
-                force=True,
-            )
-        ],
+        actions=[ChangeFlowRunState(state=kind, name=called, message=message)],
     )

@@ -71,12 +71,13 @@ def _name(base: str, target: str) -> str:
 def _read(store: Path) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads((store / FILE).read_text(encoding="utf-8"))
-        if found.pop(OWN_HASH) != _hash_of(found):
+        # none in the notes of earlier versions
+        if (digest := found.pop(OWN_HASH, None)) is not None and digest != _hash_of(found):
             raise ValueError("it has other content than was written")
         return {name: asdict(InUse(**one)) for name, one in found.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{store / FILE} does not say which head maps are in use ({error}). Delete it: the "
             "next run that asks for the map in use ranks anew."

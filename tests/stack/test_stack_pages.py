@@ -6,41 +6,40 @@ Leaves screenshots in the tests' temporary folder.
 from __future__ import annotations
 
 import base64
-import shutil
+import io
 from collections.abc import Callable, Iterator
 
 import pytest
+from PIL import Image
+from playwright.sync_api import Page
 
+from tests.needs import CHROMIUM, do_without
+from tests.pages.browser import chromium
 from tests.stack.test_stack import create, ended, parameters_of, runs_of
 
 pytestmark = pytest.mark.timeout(900)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
-def look(stack, tmp_path_factory) -> Iterator[Callable[[str, str], str]]:
-    """Opens a page, waits for a text on it, and gives all its text."""
+def look(stack, tmp_path_factory) -> Iterator[Callable[[str, str], Page]]:
+    """Opens a page, waits for a text on it, and takes a screenshot."""
     if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
+        do_without("Chromium", "chromium")
     shots = tmp_path_factory.mktemp("prefect-pages")
     password = base64.b64encode(f"admin:{stack.password}".encode()).decode()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.add_init_script(f"localStorage.setItem('prefect-password', '{password}')")
 
-        def look(path: str, awaited: str) -> str:
+        def look(path: str, awaited: str) -> Page:
             page.goto(stack.prefect_url.removesuffix("/api") + path)
-            page.get_by_text(awaited).first.wait_for(timeout=30_000)
+            page.get_by_text(awaited).first.wait_for(timeout=60_000)
             # pictures and graphs come after the texts
             page.wait_for_timeout(5000)
             page.screenshot(path=shots / f"{path.strip('/').replace('/', '-')}.png")
-            return page.inner_text("body")
+            return page
 
         yield look
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,8 @@ def run(stack, deployed) -> str:
 
 
 def test_the_form_asks_for_the_head_map_first_and_explains_every_setting(look, deployed):
-    text = look(f"/deployments/deployment/{deployed['rerun-from-head-map']}/run", "Parameters")
+    page = look(f"/deployments/deployment/{deployed['rerun-from-head-map']}/run", "Parameters")
+    text = page.inner_text("body")
     wanted = [
         "head_map", "Key of the head map", "fraction", "Share of the corpus to train on",
         "settings", "What the run is called.", "Base", "Target", "Corpus", "Selection",
@@ -70,9 +70,13 @@ def test_the_form_asks_for_the_head_map_first_and_explains_every_setting(look, d
 
 def test_the_flow_run_says_target_and_day_and_shows_what_was_cached(look, stack, run):
     name = f"my-domain on target, {_day(stack, run)}"
-    text = look(f"/runs/flow-run/{run}", name)
+    page = look(f"/runs/flow-run/{run}", name)
+    text = page.inner_text("body")
     for words in ("Completed", "adapt-nightly", "p2d", "Finished in state Cached"):
         assert words in text
+    graph = Image.open(io.BytesIO(page.locator("canvas").first.screenshot()))
+    # bars of tasks on a plain ground
+    assert len(graph.convert("RGB").getcolors(2**20)) > 20
 
 
 def test_the_report_is_an_artifact_with_summary_aer_head_map_and_links(look, stack, run):
@@ -80,7 +84,9 @@ def test_the_report_is_an_artifact_with_summary_aer_head_map_and_links(look, sta
         wanted = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"like_": "report%"}}}
         (report,) = api.post("/artifacts/filter", json=wanted).raise_for_status().json()
     assert report["type"] == "markdown"
-    text = look(f"/artifacts/artifact/{report['id']}", "AER")
+    page = look(f"/artifacts/artifact/{report['id']}", "AER")
+    text = page.inner_text("body")
+    assert page.locator("img[alt='head map']").evaluate("one => one.naturalWidth") > 100
     for words in ("base model", "Head map", "AER", "MLflow", "layer 0", "my-domain, version"):
         assert words in text, words
 

@@ -1,5 +1,6 @@
 """Which head map is in use."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,6 +32,15 @@ def test_many_at_once_lose_nothing(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(put, range(40)))
     assert keys_in_use(tmp_path) == {f"k{i}" for i in range(40)}
+
+
+def test_a_note_of_an_earlier_version_is_read_and_gets_its_hash(tmp_path):
+    old = {"b" * 16 + " math": {"key": "k1", "since": "2026-01-01", "why": "first", "refreshes": 1}}
+    (tmp_path / FILE).write_text(json.dumps(old))
+    assert keys_in_use(tmp_path) == {"k1"}
+    put_in_use(tmp_path, BASE, "code", InUse("k2", "2026-01-02", "first", 1))
+    assert "sha256" in json.loads((tmp_path / FILE).read_text())
+    assert keys_in_use(tmp_path) == {"k1", "k2"}
 
 
 def test_a_changed_bit_anywhere_is_seen(tmp_path):
