@@ -60,17 +60,17 @@ def run_plan(
 
     Args:
         head_map: as of `flows.adapt.run_adapt`.
-        seconds: about what it may take, beyond checking the input and loading the model.
+        seconds: about what it may take. Checking the input and loading the model count, but cannot
+            be cut short; what is left for timing is at least a moment a stage.
 
     Raises:
         InputError: as `run_adapt`.
         ArtifactError: there is no such head map.
     """
-    began = time.monotonic()
+    began, budget = time.monotonic(), Budget(seconds)
     inputs = check_inputs(settings, ranked_bases(Store(store)))
     given = given_head_map(Store(store), head_map, inputs, settings.target.name)
     with tempfile.TemporaryDirectory(prefix="p2d-plan-") as folder, measured() as watch:
-        budget = Budget(seconds)
         planner = _Planner(settings, inputs, given, store, Path(folder), budget)
         parts = planner.parts()
     plan = planner.plan(parts, watch.cost)

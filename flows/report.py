@@ -84,8 +84,13 @@ def make_summary(
 
 
 def rerun_command(store: Path, run_id: str, head_map: ArtifactRef | None) -> str:
-    """Runs it again, from the folder that it was started in, with the settings that it kept."""
+    """Runs it again with the settings that it kept.
+
+    From the folder that it was started in if the store is below that, else from anywhere.
+    """
     here = os.path.relpath(store)
+    if here.startswith(".."):
+        here = str(store.resolve())
     words = ["p2d", "adapt", f"{here}/runs/{run_id}.yaml"]
     words += ["--store", here] if here != "artifacts" else []
     words += ["--head-map", head_map.key] if head_map is not None else []

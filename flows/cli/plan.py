@@ -36,7 +36,7 @@ def plan(
     seconds: Annotated[
         float,
         typer.Option(
-            min=1, help="About what it may take; checking the input and loading the model apart."
+            min=1, help="About what it may take; more only where checking the input takes that."
         ),
     ] = 60,
     json: Annotated[

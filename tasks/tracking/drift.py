@@ -6,11 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from tasks.tracking.views import SERIES
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-SERIES = "p2d.drift"
-"""Tag of the run: base model and target whose head map is looked at."""
 
 
 def add_point(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 GROUP, KIND = "p2d.group", "p2d.kind"
 """Tags of a run: what it belongs to; adaptation, arm (of one), comparison, or compared (an arm)."""
 VIEW = "mlflow.sharedViewState."
-TABLE, ARMS, COMPARED = "p2d", "p2d-arms", "p2d-compared"
+TABLE, ARMS, COMPARED, DRIFT = "p2d", "p2d-arms", "p2d-compared", "p2d-drift"
+SERIES = "p2d.drift"
+"""Tag of a run of head map drift: the base model and target whose head map is looked at."""
 
 COLUMNS = (
     ("attributes.`User`", 60),
@@ -57,6 +59,13 @@ COMPARED_CHARTS = (
     ("Arms of comparisons", "SCATTER", "AER"),
     ("Arms of comparisons", "BAR", "parameters"),
 )
+DRIFT_CHARTS = tuple(
+    ("Head map in use against today's draws", "LINE", key)
+    for key in (
+        "drift/spearman", "drift/floor_spearman", "drift/overlap", "drift/floor_overlap",
+        "drift/replaced",
+    )
+)  # fmt: skip
 OTHER_SECTIONS = (
     "aer", "aer_seconds_cold", "aer_seconds_this_run", "eval_loss", "heads", "learning_rate",
     "loss", "quality", "retention", "samples", "selected_by_label", "selected_by_source",
@@ -106,6 +115,7 @@ def _note(experiment_id: str) -> str:
             ("Adaptations", TABLE),
             ("Their arms side by side", ARMS),
             ("Comparisons", COMPARED),
+            ("Head map drift", DRIFT),
         )
     )
     return (
@@ -126,6 +136,10 @@ def _views() -> dict[str, tuple[str, dict[str, Any]]]:
             "P2D: arms of comparisons",
             _state("compared") | _charts(COMPARED_CHARTS, OTHER_SECTIONS[-2:]),
         ),
+        DRIFT: (
+            "P2D: head map drift",
+            _state("drift") | _charts(DRIFT_CHARTS, ("drift", *OTHER_SECTIONS[-2:])),
+        ),
     }
 
 
@@ -134,6 +148,7 @@ def _state(what: str) -> dict[str, Any]:
         "adaptation": f"tags.`{KIND}` = 'adaptation'",
         "arms": "tags.`arm` LIKE '%'",
         "compared": f"tags.`{KIND}` = 'compared'",
+        "drift": f"tags.`{SERIES}` LIKE '%'",
     }[what]
     return {
         "searchFilter": query,
@@ -164,6 +179,9 @@ def _charts(given: tuple[tuple[str, str, str], ...], folded: tuple[str, ...]) ->
                 "xaxis": {"key": key, "type": "METRIC"},
                 "yaxis": {"key": "quality", "type": "METRIC"},
             }
+        elif kind == "LINE":
+            # as measured, not smoothed
+            chart |= {"metricKey": key, "lineSmoothness": 0, "useGlobalLineSmoothing": False}
         else:
             chart |= {"metricKey": key}
         charts.append(chart)

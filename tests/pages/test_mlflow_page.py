@@ -14,11 +14,19 @@ from flows.cli.ui import HOST, any_free_port, start_server, stop_server, wait_un
 from p2d_core.comparison.arms import Arm, ArmRun
 from p2d_core.store import ArtifactRef, Store
 from tasks.comparison import compare_arms
-from tasks.record import record_comparison
+from tasks.record import record_comparison, record_drift
 from tasks.stage import Runtime
 from tasks.summary import Summary
 from tasks.tracking.database import prepare_tracking
-from tasks.tracking.views import ARMS, COMPARED, TABLE, address, run_address, version_address
+from tasks.tracking.views import (
+    ARMS,
+    COMPARED,
+    DRIFT,
+    TABLE,
+    address,
+    run_address,
+    version_address,
+)
 from tests.job import Job
 from tests.pages.browser import chromium, page_at
 
@@ -60,6 +68,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
             tracking = {"experiment": "p2d", "uri": None, "tags": {}}
             made = comparison_in(Store(job.store))
             comparison = record_comparison.fn(made, "run-1", tracking, str(job.store))
+            for look, value in ((1, 0.9), (2, 0.7)):
+                figures = {"drift/spearman": value, "drift/floor_spearman": 0.95}
+                record_drift.fn("b t", "t", look, figures, "holds", {}, tracking, str(job.store))
         yield Recorded(f"http://{HOST}:{port}/", done, comparison, folder)
     finally:
         stop_server(server)
@@ -133,6 +144,16 @@ def test_the_experiment_shows_every_adaptation_in_a_table(recorded, browser):
     assert "ago" in shown["runDateAndNestInfo"]
 
 
+def test_an_experiment_that_mlflow_opens_as_one_of_chats_leads_to_the_table(recorded, browser):
+    """So it does in a browser that has never been there, whatever the experiment says it is."""
+    with page_at(browser, f"{recorded.server}#/experiments/1", *SCREEN) as page:
+        # by its tag: MLflow lays a dialog over the page, which takes roles from what is below
+        link = page.locator("a", has_text="Adaptations")
+        link.wait_for()
+        assert in_sight(page, "Adaptations")
+        assert link.get_attribute("href").endswith(address("1", TABLE))
+
+
 def test_the_arms_stand_side_by_side_with_the_parts_of_the_aer_as_stacked_bars(recorded, browser):
     with page_at(browser, recorded.server + address("1", ARMS), 1900, 2400) as page:
         see(page, "Quality of the arms", "Cost of the arms", "training loss")
@@ -184,6 +205,13 @@ def test_the_model_version_says_what_made_it_and_why_it_is_champion(recorded, br
         see(page, Path(done.artifacts["heads"]).name, Path(done.artifacts["subset"]).name)
         page.screenshot(path=recorded.folder / "model.png")
     assert version.champion == ("there was no champion" in version.why)
+
+
+def test_the_drift_of_a_head_map_is_a_line_over_its_looks(recorded, browser):
+    with page_at(browser, recorded.server + address("1", DRIFT), 1900, 1000) as page:
+        see(page, "Head map in use against today's draws", "drift/spearman", "head map drift: t")
+        page.locator(".js-plotly-plot .lines, .js-plotly-plot .scatterlayer").first.wait_for()
+        page.screenshot(path=recorded.folder / "drift.png")
 
 
 def test_the_arms_of_a_comparison_are_charted(recorded, browser):

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from flows.deploying import LOST
 from p2d_core.store import Store
 from tests.stack.servers import Stack
 
@@ -65,11 +66,12 @@ def ended(stack: Stack, run: str, seconds: float = 300) -> dict[str, Any]:
         with stack.prefect as api:
             return dict(api.get(f"/flow_runs/{run}").json())
 
-    stack.until(
-        lambda: state()["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"),
-        f"end of run {run}",
-        seconds,
-    )
+    def has_ended() -> bool:
+        now = state()["state"]
+        is_final = now["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return is_final and now["name"] != LOST  # it is scheduled again at once
+
+    stack.until(has_ended, f"end of run {run}", seconds)
     return state()
 
 
@@ -203,7 +205,7 @@ def test_only_what_was_killed_runs_again(stack, deployed):
         runs = api.post("/flow_runs/filter", json={}).raise_for_status().json()
     again = [run["state"]["type"] for run in runs if run["run_count"] > 1]
     assert again == ["COMPLETED"]
-    assert not [run for run in runs if run["state"]["name"] in ("Lost", "AwaitingRetry")]
+    assert not [run for run in runs if run["state"]["name"] in (LOST, "AwaitingRetry")]
 
 
 def test_a_look_at_the_head_map_says_whether_it_holds(stack, deployed):

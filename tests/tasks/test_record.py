@@ -160,6 +160,7 @@ def test_the_views_are_set_once_and_again_when_someone_spoilt_them(recorded, cli
     before = views()
     assert {json.loads(value)["name"] for value in before.values()} == {
         "P2D: adaptations", "P2D: arms of adaptations", "P2D: arms of comparisons",
+        "P2D: head map drift",
     }  # fmt: skip
     experiment = client.get_experiment_by_name("p2d")
     client.set_experiment_tag(experiment.experiment_id, VIEW + TABLE, "spoilt")
