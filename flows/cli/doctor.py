@@ -100,6 +100,7 @@ def examine(store: Path) -> Iterator[Finding]:
     yield from _store(store)
     yield _killed(store)
     yield from _ports()
+    yield from _hub()
 
 
 def examine_model(folder: Path) -> Iterator[Finding]:
@@ -271,6 +272,19 @@ def _killed(store: Path) -> Finding:
         return Finding("killed runs", "nothing left of any")
     found = f"{runs} that Prefect shows as running, {servers} of its temporary servers still there"
     return Finding("killed runs", found, "The next run over this store puts both right.")
+
+
+def _hub() -> Iterator[Finding]:
+    """Which hub is asked, and as whom; the token is not read, and the hub not asked."""
+    from p2d_core.hub import DEFAULT_ENDPOINT, endpoint, is_offline, token_place
+
+    place = token_place()
+    found = f"there is one ({place})" if place else "none: public models and datasets only"
+    yield Finding("hub token", found)
+    if endpoint() != DEFAULT_ENDPOINT:
+        yield Finding("hub", f"{endpoint()} (HF_ENDPOINT)")
+    if is_offline():
+        yield Finding("hub offline", "HF_HUB_OFFLINE is set: only what is in its cache is used")
 
 
 def _ports() -> Iterator[Finding]:
