@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -89,10 +90,6 @@ class Hub(ThreadingHTTPServer):
             path.rpartition("/")[2] for method, path, _ in self.asked
             if method == "GET" and "/resolve/" in path
         }  # fmt: skip
-
-    def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """For a process that is to use it, with a cache of its own."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | more
 
 
 class _Refused(Exception):
@@ -191,6 +188,11 @@ class _Handler(BaseHTTPRequestHandler):
             "gated": "manual" if found.gated else False, "tags": [], "downloads": 0, "likes": 0,
             "siblings": [{"rfilename": name} for name in found.commits[sha]],
         })  # fmt: skip
+
+    def auth_check(self, kind: str, repo: str) -> None:
+        if self._repo(kind, repo).gated and self.user != "me":
+            raise _Refused(403 if self.user else 401, "GatedRepo", "Access to it is restricted.")
+        self._send(200, {})
 
     def tree(self, kind: str, repo: str, revision: str, path: str | None = None) -> None:
         found = self._repo(kind, repo)
@@ -329,6 +331,7 @@ ROUTES = [
     (r"/api/repos/create", "create"),
     (r"/api/validate-yaml", "validate"),
     (rf"/api/{KIND}/{REPO}", "info"),
+    (rf"/api/{KIND}/{REPO}/auth-check", "auth_check"),
     (rf"/api/{KIND}/{REPO}/revision/(?P<revision>.+)", "info"),
     (rf"/api/{KIND}/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
     (rf"/api/{KIND}/{REPO}/paths-info/(?P<revision>.+)", "paths_info"),
@@ -348,17 +351,22 @@ def _entry(name: str, data: bytes) -> dict[str, Any]:
     return entry
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The hub of this process, empty, with an empty cache and no token."""
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A hub, empty, as long as the block runs."""
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def use(server: Hub, patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Makes it the hub of this process, with a cache of its own and no token."""
     import datasets.config
     import huggingface_hub.constants as constants
     from huggingface_hub import HfFileSystem
 
-    server = Hub()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     # the libraries read their environment once, when they are imported
-    home = tmp_path / "hf"
     for name, value in {
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -367,30 +375,29 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_OFFLINE": False,
     }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
-    monkeypatch.setattr(
-        datasets.config,
-        "HUB_DATASETS_URL",
-        server.url + "/datasets/{repo_id}/resolve/{revision}/{path}",
-    )
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
+        patch.setattr(constants, name, value)
+    for name, value in {
+        "HF_ENDPOINT": server.url,
+        "HUB_DATASETS_URL": server.url + "/datasets/{repo_id}/resolve/{revision}/{path}",
+        "HF_DATASETS_CACHE": str(home / "datasets"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        patch.setattr(datasets.config, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+        patch.delenv(name, raising=False)
     HfFileSystem.clear_instance_cache()
-    yield server
-    server.shutdown()
-    server.server_close()
+
+
+def go_offline(server: Hub, patch: pytest.MonkeyPatch) -> None:
+    """As with HF_HUB_OFFLINE=1; what the hub was asked before is forgotten."""
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    server.asked.clear()
 
 
 @pytest.fixture
-def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """From its call on HF_HUB_OFFLINE is set."""
-
-    def go() -> None:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-        hub.asked.clear()
-
-    return go
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The hub of this process, empty."""
+    with serving() as server:
+        use(server, monkeypatch, tmp_path / "hf")
+        yield server

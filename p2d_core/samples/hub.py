@@ -23,7 +23,7 @@ def hub_rows(source: SourceSpec) -> Iterator[Row]:
         rows = iter(_opened(name, source))
         first = next(rows, None)
     except Exception as error:
-        raise DataError(f"source {source.name!r}: {refusal(name, error)}") from None
+        raise DataError(f"source {source.name!r}: {refusal(name, _cause(name, error))}") from None
     if first is None:
         raise DataError(f"{source.path}: the split {source.split!r} is empty.")
     number = 1
@@ -66,6 +66,21 @@ def _name(source: SourceSpec) -> HubName:
             f"`path:`, and it as `revision: {revision}`."
         )
     return HubName("dataset", repo, source.revision)
+
+
+def _cause(name: HubName, error: Exception) -> Exception:
+    """The hub's own no, of which `datasets` keeps only that there was one."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        if not is_offline():
+            HfApi().auth_check(name.repo, repo_type="dataset")
+    except RepositoryNotFoundError as no:  # gated ones, too
+        return no
+    except Exception:
+        return error
+    return error
 
 
 def _opened(name: HubName, source: SourceSpec) -> Any:
