@@ -260,12 +260,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.user != "me" or owner != "me":
             raise _Refused(403, "", f"You don't have the rights to create a model under {owner}")
         name = f"models/{owner}/{asked['name']}"
+        url = f"{self.server.url}/{owner}/{asked['name']}"
         if name in self.server.repos:
-            raise _Refused(409, "", "You already created this model repo")
+            said = {"error": "You already created this model repo", "url": url}
+            return self._send(409, said)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         repo = self.server.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
         repo.private = private
-        self._send(200, {"url": f"{self.server.url}/{owner}/{asked['name']}", "name": name})
+        return self._send(200, {"url": url, "name": name})
 
     def validate(self) -> None:
         """As the hub does, which takes no card whose base is a folder on somebody's machine."""
