@@ -90,7 +90,12 @@ class HubName:
             return self
         from huggingface_hub import HfApi
 
-        found = HfApi().resolve_revision(self.repo, repo_type=self.kind, revision=self.revision)
+        found = HfApi().resolve_revision(
+            self.repo,
+            repo_type=self.kind,
+            revision=self.revision,
+            local_files_only=is_offline(),
+        )
         return replace(self, revision=found.resolved)
 
 
@@ -134,6 +139,7 @@ def refusal(name: HubName, error: Exception) -> str:
         if is_offline() and isinstance(
             each,
             errors.OfflineModeIsEnabled
+            | errors.RevisionResolutionError
             | errors.LocalEntryNotFoundError
             | errors.CachedRepoTreeNotFoundError,
         ):
