@@ -48,9 +48,11 @@ class Finding:
 
 
 ModelOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--model", metavar="FOLDER", help="Also say what is recognised in this model, and where."
+        "--model",
+        metavar="FOLDER",
+        help="Also say what is recognised in this model, and where; hf://OWNER/NAME is downloaded.",
     ),
 ]
 
@@ -103,12 +105,14 @@ def examine(store: Path) -> Iterator[Finding]:
     yield from _hub()
 
 
-def examine_model(folder: Path) -> Iterator[Finding]:
+def examine_model(base: str | Path) -> Iterator[Finding]:
     """What is recognised in a model, from its config alone: heads, and where their slices are."""
+    from flows.hub import base_folder
     from p2d_core.attention.layout import attention_layers
     from p2d_core.models import check_model_folder, without_weights
 
     try:
+        folder, _ = base_folder(str(base))
         check_model_folder(folder)
         model = without_weights(folder)
         layers = attention_layers(model)
@@ -116,7 +120,7 @@ def examine_model(folder: Path) -> Iterator[Finding]:
         yield Finding("model", str(error), "Take another base: docs/families.md.", fatal=True)
         return
     first = layers[0]
-    yield Finding("model", f"{folder} ({type(model).__name__})")
+    yield Finding("model", f"{base} ({type(model).__name__})")
     yield Finding(
         "heads",
         f"{len(layers)} layers of {first.n_query_heads} query heads of {first.head_dim}, in "

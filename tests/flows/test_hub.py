@@ -303,6 +303,9 @@ def test_a_base_that_is_a_folder_has_to_be_named_for_those_who_take_it_from_the_
 def test_doctor_says_whether_there_is_a_token_which_hub_and_whether_offline(
     world, p2d, monkeypatch
 ):
+    out = p2d("doctor", "--model", "hf://me/tiny")[1]
+    assert "hf://me/tiny (LlamaForCausalLM)" in out
+    assert "query heads" in out
     world.hub.asked.clear()
     out = p2d("doctor")[1]
     assert "there is one (HF_TOKEN)" in out
