@@ -11,6 +11,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
@@ -56,6 +57,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         ArtifactError: there is no such head map.
         ServiceError: Prefect's server was away from the start.
     """
+    settings = pinned(settings)
     inputs = check_inputs(settings, ranked_bases(Store(store)))
     if head_map is not None:
         given_head_map(Store(store), head_map, inputs, settings.target.name)
@@ -95,7 +97,7 @@ def adapt(settings: RunSettings, store: str | None = None, head_map: str | None 
     if (begun := _begun.get()) is not None:
         return adapt_to(settings, *begun, store_folder(store), head_map)
     folder = store_folder(store)
-    settings = anchored(settings, Path.cwd())
+    settings = pinned(anchored(settings, Path.cwd()))
     inputs = check_inputs(settings, ranked_bases(Store(folder)))
     with on_worker(folder) as run_id:
         return adapt_to(settings, run_id, inputs, folder, head_map)

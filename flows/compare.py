@@ -15,6 +15,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
@@ -68,6 +69,7 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
     Raises:
         InputError: before anything was started; names the arm.
     """
+    settings = pinned(settings)
     checked = checked_arms(grid_of(settings), ranked_bases(Store(store)))
     finished: list[ArtifactRef] = []
     done = _done.set(finished)
@@ -136,7 +138,7 @@ def compare(settings: RunSettings, store: str | None = None) -> ArtifactRef:
     folder = store_folder(store)
     if (begun := _begun.get()) is not None:
         return run_arms(settings, *begun, folder)
-    settings = anchored(settings, Path.cwd())
+    settings = pinned(anchored(settings, Path.cwd()))
     checked = checked_arms(grid_of(settings), ranked_bases(Store(folder)))
     with on_worker(folder) as run_id:
         return run_arms(settings, run_id, checked, folder)

@@ -12,12 +12,14 @@ import yaml
 from pydantic import ValidationError
 
 from flows.choice import kept, sound
+from flows.hub import base_folder
 from p2d_core.adaptation.adaptations import ADAPTER
 from p2d_core.errors import ArtifactError, InputError, ModelError
 from p2d_core.export.exporting import AdaptedModel, Exported, export
 from p2d_core.export.folder import appearing
 from p2d_core.export.rounding import SAMPLES
-from p2d_core.models import check_model_folder, load_tokenizer, model_hash
+from p2d_core.hub import HubName
+from p2d_core.models import check_model_folder, is_hub_model, load_tokenizer, model_hash
 from p2d_core.samples.shards import read_shard
 from p2d_core.samples.tokens import EncodedSample, Encoder, TextFormat
 from p2d_core.store import ArtifactRef, Store
@@ -51,14 +53,17 @@ def export_run(
     base: Path | None = None,
     base_name: str = "",
     license_id: str = "",
+    for_hub: bool = False,
 ) -> tuple[Chosen, Exported]:
     """Exports the model of a run, with its card, into a folder that appears whole or not at all.
 
     Args:
         run: a run's id or a model artifact's key, or the beginning of one.
         base: where the base is now; where the run had it if None.
-        base_name: what the export and its card call the base; its folder if empty.
+        base_name: what the export and its card call the base; if empty its name on the hub, where
+            the run had it from there, or else its folder.
         license_id: for the card; that of the base's own card if empty, else unknown.
+        for_hub: it has to name its base as others find it.
 
     Raises:
         InputError: none or more than one model is meant, its base is not there, or the folder is.
@@ -68,8 +73,17 @@ def export_run(
     chosen = choose(store, run)
     manifest = chosen.model.manifest
     found = manifest.inputs["base"]
+    named = _base_of(store, chosen)
+    origin = HubName.of_model(named) if is_hub_model(named or "") else None
+    base_name = base_name or (origin.repo if origin is not None else "")
+    if for_hub and not base_name:
+        raise InputError(
+            f"the base of model {chosen.model.key[:12]} is a folder of this machine, which nobody "
+            "finds from a hub. Say with --base-name OWNER/NAME what it is called there."
+        )
+    revision = origin.revision or "" if origin is not None and origin.repo == base_name else ""
     model = AdaptedModel(
-        base=_base(store, chosen, base),
+        base=_base(chosen, base or named),
         base_sha256=found["sha256"],
         precision=found["precision"],
         kept=chosen.model.path,
@@ -86,6 +100,7 @@ def export_run(
                 folder,
                 dtype=dtype,
                 base_name=base_name,
+                base_revision=revision,
                 samples=_proxy_samples(store, chosen.model, encoder),
                 progress=progress,
             )
@@ -98,6 +113,7 @@ def export_run(
             exported=done,
             base=str(model.base),
             base_name=base_name,
+            base_revision=revision,
             license_id=license_id or license_of(model.base),
             has_picture=picture is not None,
         )
@@ -177,15 +193,14 @@ def _summary(file: Path) -> Summary:
         ) from error
 
 
-def _base(store: Store, chosen: Chosen, given: Path | None) -> Path:
+def _base(chosen: Chosen, named: Path | str | None) -> Path:
     """The folder of the base, if its content is still what the model was made from."""
     manifest = chosen.model.manifest
-    run_id = chosen.summary.run_id if chosen.summary is not None else manifest.run_id
-    there = given or _base_of(store, run_id, chosen.model)
     key = chosen.model.key[:12]
-    if there is None:
+    if named is None:
         raise InputError(f"where the base of model {key} lies is not known. Give --base FOLDER.")
     try:
+        there, _ = base_folder(str(named))
         check_model_folder(there)
     except ModelError as error:
         raise ModelError(f"the base of model {key}: {error} Give --base FOLDER.") from error
@@ -200,17 +215,21 @@ def _base(store: Store, chosen: Chosen, given: Path | None) -> Path:
     return there.absolute()
 
 
-def _base_of(store: Store, run_id: str, model: ArtifactRef) -> Path | None:
-    """As the run's settings name it, else as its adapter does."""
+def _base_of(store: Store, chosen: Chosen) -> str | None:
+    """As the run's settings name it, else as its model does: a folder, or a name on the hub."""
+    model = chosen.model
+    run_id = chosen.summary.run_id if chosen.summary is not None else model.manifest.run_id
     named: list[Any] = []
     with suppress(OSError, yaml.YAMLError, TypeError, KeyError):
         text = (store.root / "runs" / f"{run_id}.yaml").read_text(encoding="utf-8")
         named.append(yaml.safe_load(text)["base"])
+    named.append(model.manifest.facts.get("base"))
     with suppress(OSError, yaml.YAMLError, TypeError, KeyError):
         text = (model.path / ADAPTER / "adapter_config.json").read_text(encoding="utf-8")
         named.append(yaml.safe_load(text)["base_model_name_or_path"])
-    folders = [Path(each) for each in named if isinstance(each, str)]
-    return next((each for each in folders if each.is_dir()), folders[0] if folders else None)
+    bases = [each for each in named if isinstance(each, str)]
+    there = (each for each in bases if is_hub_model(each) or Path(each).is_dir())
+    return next(there, bases[0] if bases else None)
 
 
 def _proxy_samples(store: Store, model: ArtifactRef, encoder: Encoder) -> list[EncodedSample]:

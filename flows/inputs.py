@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from flows.hub import base_folder
 from flows.settings import RunSettings, SourceSettings
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.spec import TrainingSpec
@@ -74,7 +75,8 @@ def check_inputs(
     Raises:
         InputError: says what is wrong, where, and what would do.
     """
-    check_model_folder(Path(settings.base))
+    folder, hub = (Path(like.base.folder), like.base.hub) if like else base_folder(settings.base)
+    check_model_folder(folder)
     pick_device(settings.device)
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)
     scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings))
@@ -88,7 +90,7 @@ def check_inputs(
     if like is None:
         _check_data(settings)
     text = TextFormat(
-        settings.format.separator, min(settings.format.max_tokens, most_tokens(Path(settings.base)))
+        settings.format.separator, min(settings.format.max_tokens, most_tokens(folder))
     )
     evaluation = settings.evaluation
     training = settings.training
@@ -99,14 +101,14 @@ def check_inputs(
     def trained(epochs: float, learning_rate: float, batch_size: int) -> TrainingSpec:
         return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
 
-    base = like.base if like else BaseModel.of(Path(settings.base), settings.precision, text)
+    base = like.base if like else BaseModel.of(folder, settings.precision, text, hub)
     if like is None and base.sha256 not in ranked_bases:
         with progress_of("checking the base model (tensors)") as progress:
-            check_loads(Path(settings.base), progress)
+            check_loads(folder, progress)
     heads = settings.heads
     pick = HeadPick(heads.fraction, heads.max_per_layer, heads.one_per_kv_group)
     if heads.max_per_layer or heads.one_per_kv_group:
-        layers = layers_of(Path(settings.base))
+        layers = layers_of(folder)
         pick.count(len(layers), layers[0].n_query_heads, layers[0].n_kv_groups)
     return Inputs(
         base=base,

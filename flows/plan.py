@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flows.adapt import given_head_map
 from flows.environment import MORE_BOOKS, NEW_BOOKS
+from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import ranked_bases
 from flows.ledger import TERM_OF_STAGE
@@ -68,6 +69,7 @@ def run_plan(
         ArtifactError: there is no such head map.
     """
     began, budget = time.monotonic(), Budget(seconds)
+    settings = pinned(settings)
     inputs = check_inputs(settings, ranked_bases(Store(store)))
     given = given_head_map(Store(store), head_map, inputs, settings.target.name)
     with tempfile.TemporaryDirectory(prefix="p2d-plan-") as folder, measured() as watch:

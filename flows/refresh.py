@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
+from flows.hub import base_name, pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
@@ -77,6 +78,7 @@ def run_refresh(
     Raises:
         InputError: before anything was started.
     """
+    settings = pinned(settings)
     inputs = checked(settings, store)
 
     def run(run_id: str) -> Refresh:
@@ -108,7 +110,7 @@ def refresh_head_map(
     if (begun := _begun.get()) is not None:
         done = look(settings, *begun, folder, margin, draws)
         return told(settings, begun[1], folder, done)
-    settings = anchored(settings, Path.cwd())
+    settings = pinned(anchored(settings, Path.cwd()))
     inputs = checked(settings, folder)
     with on_worker(folder) as run_id:
         return told(settings, inputs, folder, look(settings, run_id, inputs, folder, margin, draws))
@@ -165,7 +167,7 @@ def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> R
         step=done.number,
         figures=figures,
         note=done.sentence,
-        tags={"target": done.target, "base_model": Path(settings.base).name, "heads": done.in_use},
+        tags={"target": done.target, "base_model": base_name(settings.base), "heads": done.in_use},
         tracking=settings.tracking.model_dump(mode="json"),
         store=str(store),
     )

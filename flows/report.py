@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from flows.hub import base_name, hub_names
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.aer import Reference
@@ -56,7 +57,8 @@ def make_summary(
     return Summary(
         run_id=ledger.run_id,
         name=settings.name,
-        base=Path(settings.base).name,
+        base=base_name(settings.base),
+        hub=hub_names(settings),
         target=settings.target.name,
         heads=_heads(heads),
         selection=_selection(settings, corpus, last["scores"], subset),

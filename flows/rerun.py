@@ -10,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.adapt import adapt_to, given_head_map
+from flows.hub import pinned
 from flows.inputs import check_inputs
 from flows.launch import on_worker, ranked_bases, run_name, store_folder
 from flows.settings import RunSettings, Share, SourceSettings, anchored
@@ -46,7 +47,7 @@ def rerun_from_head_map(
         settings: The run. Relative paths are taken from the worker's folder (P2D_HOME).
     """
     folder = store_folder(store)
-    changed = anchored(with_other_budget(settings, fraction, corpus), Path.cwd())
+    changed = pinned(anchored(with_other_budget(settings, fraction, corpus), Path.cwd()))
     inputs = check_inputs(changed, ranked_bases(Store(folder)))
     given_head_map(Store(folder), head_map, inputs, changed.target.name)
     with on_worker(folder) as run_id:

@@ -71,7 +71,7 @@ class SourceSettings(_Settings):
     split: str = "train"
     """Split of a hub dataset."""
     revision: str | None = None
-    """Commit of a hub dataset."""
+    """Commit, branch or tag of a hub dataset; the newest if empty."""
 
 
 class CorpusSettings(_Settings):
@@ -281,7 +281,7 @@ class RunSettings(_Settings):
     name: str = "adapt"
     """What the run is called."""
     base: Annotated[str, Field(min_length=1)]
-    """Folder of a Hugging Face model with safetensors, relative to this settings file."""
+    """Folder of a model with safetensors, relative to this settings file; or hf://OWNER/NAME@COMMIT."""
     target: SourceSettings
     """The domain to adapt to: a few hundred samples or more."""
     corpus: CorpusSettings = CorpusSettings()

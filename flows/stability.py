@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.hub import pinned
 from flows.inputs import check_inputs, make_runtime
 from flows.launch import launch
 from flows.ledger import Ledger
@@ -64,7 +65,7 @@ def run_stability(
         raise InputError(f"--draws is {draws}; it takes at least 2 draws to compare.")
     plugins = [_plugin(settings, name) for name in dict.fromkeys(names or [settings.heads.ranker])]
     several = settings.heads.model_copy(update={"average_over": draws})
-    settings = settings.model_copy(update={"heads": several})
+    settings = pinned(settings.model_copy(update={"heads": several}))
     check_inputs(settings)
     named = stability.with_options(flow_run_name=f"{settings.name} stability")
     finished: list[Stability] = []

@@ -88,25 +88,27 @@ class StageTask(Task[..., ArtifactRef]):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model and how text goes into it; its content is in keys, its folder is not."""
+    """The base model and how text goes into it; its content is in keys, its place is not."""
 
     folder: str
     sha256: str
     precision: str
     separator: str
     max_tokens: int
+    hub: str = ""
+    """Its name and commit on a hub, such as hf://OWNER/NAME@COMMIT, if it came from there."""
 
     @classmethod
-    def of(cls, folder: Path, precision: str, text: TextFormat) -> BaseModel:
+    def of(cls, folder: Path, precision: str, text: TextFormat, hub: str = "") -> BaseModel:
         """Hashes the folder."""
         with progress_of("hashing the base model (MB)") as progress:
             sha256 = model_hash(folder, progress)
-        return cls(str(folder), sha256, precision, text.separator, text.max_tokens)
+        return cls(str(folder), sha256, precision, text.separator, text.max_tokens, hub)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What of it can change a result."""
-        return {k: v for k, v in asdict(self).items() if k != "folder"}
+        return {k: v for k, v in asdict(self).items() if k not in ("folder", "hub")}
 
     def captured(self, runtime: Runtime) -> CapturedModel:
         """The model, loaded when it is first needed; kept for the process."""
@@ -312,6 +314,9 @@ def stage(
 
             def make(making: Making) -> None:
                 check_room(store.root, room(**bound.arguments), f"the stage {name}")
+                for value in bound.arguments.values():
+                    if isinstance(value, BaseModel) and value.hub:
+                        making.facts["base"] = value.hub
                 build(making, **bound.arguments)
 
             try:

@@ -127,8 +127,10 @@ class Summary(BaseModel):
     name: str
     status: Literal["completed"] = "completed"
     base: str = ""
-    """Name of the base model's folder."""
+    """Name of the base model's folder, or its name on the hub."""
     target: str = ""
+    hub: list[str] = []
+    """What came from the hub, base and datasets, each with its commit: hf://OWNER/NAME@COMMIT."""
     heads: HeadsSummary
     selection: SelectionSummary
     rejected: list[RejectedSummary] = []

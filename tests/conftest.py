@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flows.environment import prepare_environment
+from tests.hub import hub  # noqa: F401
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 for name in [name for name in os.environ if name.startswith(("PREFECT_", "P2D_", "MLFLOW_"))]:

@@ -48,9 +48,11 @@ class Finding:
 
 
 ModelOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        "--model", metavar="FOLDER", help="Also say what is recognised in this model, and where."
+        "--model",
+        metavar="FOLDER",
+        help="Also say what is recognised in this model, and where; hf://OWNER/NAME is downloaded.",
     ),
 ]
 
@@ -100,14 +102,17 @@ def examine(store: Path) -> Iterator[Finding]:
     yield from _store(store)
     yield _killed(store)
     yield from _ports()
+    yield from _hub()
 
 
-def examine_model(folder: Path) -> Iterator[Finding]:
+def examine_model(base: str | Path) -> Iterator[Finding]:
     """What is recognised in a model, from its config alone: heads, and where their slices are."""
+    from flows.hub import base_folder
     from p2d_core.attention.layout import attention_layers
     from p2d_core.models import check_model_folder, without_weights
 
     try:
+        folder, _ = base_folder(str(base))
         check_model_folder(folder)
         model = without_weights(folder)
         layers = attention_layers(model)
@@ -115,7 +120,7 @@ def examine_model(folder: Path) -> Iterator[Finding]:
         yield Finding("model", str(error), "Take another base: docs/families.md.", fatal=True)
         return
     first = layers[0]
-    yield Finding("model", f"{folder} ({type(model).__name__})")
+    yield Finding("model", f"{base} ({type(model).__name__})")
     yield Finding(
         "heads",
         f"{len(layers)} layers of {first.n_query_heads} query heads of {first.head_dim}, in "
@@ -271,6 +276,19 @@ def _killed(store: Path) -> Finding:
         return Finding("killed runs", "nothing left of any")
     found = f"{runs} that Prefect shows as running, {servers} of its temporary servers still there"
     return Finding("killed runs", found, "The next run over this store puts both right.")
+
+
+def _hub() -> Iterator[Finding]:
+    """Which hub is asked, and as whom; the token is not read, and the hub not asked."""
+    from p2d_core.hub import DEFAULT_ENDPOINT, endpoint, is_offline, token_place
+
+    place = token_place()
+    found = f"there is one ({place})" if place else "none: public models and datasets only"
+    yield Finding("hub token", found)
+    if endpoint() != DEFAULT_ENDPOINT:
+        yield Finding("hub", f"{endpoint()} (HF_ENDPOINT)")
+    if is_offline():
+        yield Finding("hub offline", "HF_HUB_OFFLINE is set: only what is in its cache is used")
 
 
 def _ports() -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, existing_store, size_text
+from p2d_core.errors import InputError
 
 if TYPE_CHECKING:
     from p2d_core.export.exporting import Exported
@@ -76,8 +77,8 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
-            help="What whoever loads it finds the base by, such as its name on a hub; its folder "
-            "if empty.",
+            help="What whoever loads it finds the base by, such as its name on a hub. If empty "
+            "that, where the run had it from there, or else its folder.",
             show_default=False,
         ),
     ] = "",
@@ -90,6 +91,18 @@ def export(
             show_default=False,
         ),
     ] = "",
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Also commit it to that repository of the Hugging Face hub, which is made if it "
+            "is not there. Takes the token of HF_TOKEN or `hf auth login`.",
+            show_default=False,
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody may read what is pushed.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
 ) -> None:
@@ -102,11 +115,19 @@ def export(
     Example: [bold]p2d export 20260131-0930 --as lora --to my-adapter[/bold]
 
     [bold]p2d export 3fa9 --as merged --dtype bfloat16 --to my-model[/bold]
+
+    [bold]p2d export 3fa9 --as lora --to my-adapter --push me/my-adapter[/bold]
     """
+    if public and push is None:
+        raise InputError("--public says who may read what is pushed. Give --push OWNER/NAME, too.")
     here = existing_store(store)
     from p2d_core.export.folder import refuse_what_is_there
 
     refuse_what_is_there(to)
+    if push is not None:
+        from p2d_core.export.push import check_push
+
+        check_push(push, public=public)
     from flows.environment import set_environment
 
     set_environment(store, verbose=verbose)
@@ -123,6 +144,7 @@ def export(
             base=base,
             base_name=base_name,
             license_id=license_id,
+            for_hub=push is not None,
         )
     of = f" of run {chosen.summary.run_id}" if chosen.summary is not None else ""
     typer.echo(f"model {chosen.model.key[:12]}{of}, for {done.dtype}")
@@ -130,6 +152,13 @@ def export(
     from p2d_core.store.gc import bytes_of
 
     typer.echo(f"Wrote {to} ({size_text(bytes_of(to))}); its README.md says how it is loaded.")
+    if push is not None:
+        from p2d_core.export.push import push as push_folder
+
+        message = f"{form.value} of model {chosen.model.key[:12]}, by P2D"
+        pushed = push_folder(to, push, public=public, message=message)
+        who = "only its owner and whom they let in" if pushed.private else "everybody"
+        typer.echo(f"Pushed to {pushed.address}, which {who} may read.")
 
 
 def show(done: Exported) -> None:

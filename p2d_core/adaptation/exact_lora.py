@@ -19,6 +19,7 @@ def export_lora(
     folder: Path,
     base_name: str,
     whole: Mapping[str, Mapping[str, Tensor]] | None = None,
+    base_revision: str = "",
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``.
 
@@ -32,6 +33,7 @@ def export_lora(
         base_name: what ``AutoModelForCausalLM.from_pretrained`` takes to load the base.
         whole: modules that take the place of the base's (PEFT's ``modules_to_save``), for what no
             LoRA says, such as biases and norms: path -> every parameter of the module by its name.
+        base_revision: commit of the base on a hub; empty: none is named.
 
     Raises:
         TrainingError: no module is tuned, so that there is no adapter to write.
@@ -62,6 +64,7 @@ def export_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base_name,
+        revision=base_revision or None,
         inference_mode=True,
         target_modules=sorted(tuned.blocks) or DUMMY_TARGET_MODULES,
         r=1,

@@ -16,7 +16,14 @@ VALUES, PLACES = "delta.safetensors", "delta.json"
 FORMAT = 1
 
 
-def write_delta(moved: Moved, dtype: torch.dtype, folder: Path, base_name: str, sha: str) -> None:
+def write_delta(
+    moved: Moved,
+    dtype: torch.dtype,
+    folder: Path,
+    base_name: str,
+    sha: str,
+    base_revision: str = "",
+) -> None:
     """Writes ``delta.safetensors`` (parameter name -> new values) and ``delta.json``.
 
     The JSON has for each parameter ``dim`` and ``index``: the values are what
@@ -24,6 +31,7 @@ def write_delta(moved: Moved, dtype: torch.dtype, folder: Path, base_name: str, 
 
     Args:
         sha: hash of the base, by which a reader can tell that it is the right one.
+        base_revision: commit of the base on a hub; empty: none is named.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: block.values.to(dtype).contiguous() for name, block in moved.items()}
@@ -31,6 +39,7 @@ def write_delta(moved: Moved, dtype: torch.dtype, folder: Path, base_name: str, 
     about = {
         "format": FORMAT,
         "base": base_name,
+        **({"base_revision": base_revision} if base_revision else {}),
         "base_sha256": sha,
         "dtype": str(dtype).removeprefix("torch."),
         "slices": {

@@ -84,6 +84,7 @@ def export(
     *,
     dtype: str | None = None,
     base_name: str = "",
+    base_revision: str = "",
     samples: Sequence[EncodedSample] = (),
     progress: Progress = no_progress,
 ) -> Exported:
@@ -99,6 +100,7 @@ def export(
     Args:
         dtype: one of `DTYPES`; `AdaptedModel.usual_dtype` if None.
         base_name: what whoever loads it finds the base by; its folder if empty.
+        base_revision: commit of the base, where that is a name on a hub.
         samples: a few, to compare logits on.
 
     Raises:
@@ -126,14 +128,14 @@ def export(
     _check_room(folder, sizes[form])
     progress(2, STEPS)
     if form == "lora":
-        _write_lora(model, parts, base, folder, base_name)
+        _write_lora(model, parts, base, folder, base_name, base_revision)
     write_moved(moved, base)
     _check_finite(base, dtype)
     if form == "merged":
         base.save_pretrained(str(folder))
         load_tokenizer(model.base).save_pretrained(str(folder))
     if form == "delta":
-        write_delta(moved, DTYPES[dtype], folder, base_name, model.base_sha256)
+        write_delta(moved, DTYPES[dtype], folder, base_name, model.base_sha256, base_revision)
     progress(3, STEPS)
     loaded = _loaded(form, folder, model.base, dtype)
     as_loaded = shift(expected, logits_of(loaded, samples))
@@ -202,12 +204,17 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _write_lora(
-    model: AdaptedModel, parts: LoraParts | None, base: nn.Module, folder: Path, base_name: str
+    model: AdaptedModel,
+    parts: LoraParts | None,
+    base: nn.Module,
+    folder: Path,
+    base_name: str,
+    base_revision: str,
 ) -> None:
     if parts is None:
-        copy_low_rank(model.kept / ADAPTER, folder, base_name)
+        copy_low_rank(model.kept / ADAPTER, folder, base_name, base_revision)
     else:
-        parts.write(base, folder, base_name)
+        parts.write(base, folder, base_name, base_revision)
 
 
 def _loaded(form: str, folder: Path, base: Path, dtype: str) -> Any:

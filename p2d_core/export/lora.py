@@ -42,9 +42,9 @@ class LoraParts:
         """The largest rank of a LoRA in it; 0 without one."""
         return max((len(block.index) for block in self.slices.blocks.values()), default=0)
 
-    def write(self, base: nn.Module, folder: Path, base_name: str) -> None:
+    def write(self, base: nn.Module, folder: Path, base_name: str, base_revision: str = "") -> None:
         """Writes the adapter; ``base`` has its own values in what moved."""
-        export_lora(self.slices, base, folder, base_name, self.whole)
+        export_lora(self.slices, base, folder, base_name, self.whole, base_revision)
 
 
 def lora_parts(moved: Moved, base: nn.Module) -> LoraParts:
@@ -92,11 +92,11 @@ def lora_parts(moved: Moved, base: nn.Module) -> LoraParts:
     )
 
 
-def copy_low_rank(adapter: Path, folder: Path, base_name: str) -> int:
+def copy_low_rank(adapter: Path, folder: Path, base_name: str, base_revision: str = "") -> int:
     """Copies an adapter that was trained as a LoRA, which names its base anew; its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_name
+    config |= {"base_model_name_or_path": base_name, "revision": base_revision or None}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)

@@ -2,6 +2,7 @@
 
 from p2d_core.models.captured import CapturedModel, checked_losses
 from p2d_core.models.folder import DTYPES, check_model_folder, model_hash, most_tokens
+from p2d_core.models.hub import download_model, hub_model_at_commit, is_hub_model
 from p2d_core.models.load import load_model, load_tokenizer, pick_device
 from p2d_core.models.shape import ParameterCounts, layers_of, parameter_counts, without_weights
 from p2d_core.models.whole import check_loads, stored_precision
@@ -13,6 +14,9 @@ __all__ = [
     "check_loads",
     "check_model_folder",
     "checked_losses",
+    "download_model",
+    "hub_model_at_commit",
+    "is_hub_model",
     "layers_of",
     "load_model",
     "load_tokenizer",

@@ -35,21 +35,10 @@ def check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"{folder}: there is no such folder. Give as `base` the folder of a Hugging Face "
-            "model, with config.json, safetensors weights and a tokenizer."
+            "model, with config.json, safetensors weights and a tokenizer; or hf://OWNER/NAME for "
+            "one of the hub."
         )
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder}: has no config.json. Give a folder that save_pretrained wrote.")
-    if not isinstance(json_object(config).get("model_type"), str):
-        raise ModelError(f"{config}: has no `model_type`. Give a folder of a Hugging Face model.")
-    for name in CONFIGS:
-        if (folder / name).is_file():
-            _refuse_code(folder / name)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder}: is an adapter or holds one (adapter_config.json), which could name another "
-            "base. Merge it into its base and save that, or move the adapter's files elsewhere."
-        )
+    check_configs(folder)
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
         if pickled:
@@ -62,6 +51,27 @@ def check_model_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder}: has no tokenizer. Save it beside the model: tokenizer.save_pretrained(...)."
         )
+
+
+def check_configs(folder: Path) -> None:
+    """Refuses what the JSON files of a model folder say already; its weights may be missing yet.
+
+    Raises:
+        ModelError: no config, code of its own, or an adapter.
+    """
+    config = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: is an adapter or holds one (adapter_config.json), which could name another "
+            "base. Merge it into its base and save that, or move the adapter's files elsewhere."
+        )
+    if not config.is_file():
+        raise ModelError(f"{folder}: has no config.json. Give a folder that save_pretrained wrote.")
+    if not isinstance(json_object(config).get("model_type"), str):
+        raise ModelError(f"{config}: has no `model_type`. Give a folder of a Hugging Face model.")
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            _refuse_code(folder / name)
 
 
 def json_object(file: Path) -> dict[str, Any]:

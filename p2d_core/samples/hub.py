@@ -1,9 +1,10 @@
 """Rows of a dataset on the Hugging Face hub, streamed by the `datasets` library."""
 
-import re
 from collections.abc import Iterator
+from typing import Any
 
 from p2d_core.errors import DataError, TransientError
+from p2d_core.hub import HubName, in_one_line, is_offline, refusal
 from p2d_core.samples.rows import Row
 from p2d_core.samples.source import HUB_PREFIX, SourceSpec
 
@@ -11,25 +12,18 @@ from p2d_core.samples.source import HUB_PREFIX, SourceSpec
 def hub_rows(source: SourceSpec) -> Iterator[Row]:
     """The rows of a hub dataset in order; no code of the dataset is run.
 
+    Offline they are those of the copy in huggingface_hub's cache.
+
     Raises:
         DataError: it cannot be opened (no network, no such dataset, configuration or split).
         TransientError: reading stopped on the way.
     """
-    import datasets  # slow to import, and only needed here
-
-    name = source.path.removeprefix(HUB_PREFIX)
+    name = _name(source)
     try:
-        dataset = datasets.load_dataset(
-            name,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
-        rows = iter(dataset)
+        rows = iter(_opened(name, source))
         first = next(rows, None)
     except Exception as error:
-        raise _cannot_be_opened(source, error) from error
+        raise DataError(f"source {source.name!r}: {refusal(name, _cause(name, error))}") from None
     if first is None:
         raise DataError(f"{source.path}: the split {source.split!r} is empty.")
     number = 1
@@ -39,9 +33,9 @@ def hub_rows(source: SourceSpec) -> Iterator[Row]:
             columns = next(rows, None)
         except Exception as error:
             raise TransientError(
-                f"{source.path}: reading stopped after row {number}: {_in_one_line(error)}. "
+                f"{source.path}: reading stopped after row {number}: {in_one_line(error)} "
                 "Run it again, or download the dataset and give its folder as the path."
-            ) from error
+            ) from None
         if columns is None:
             return
         number += 1
@@ -51,29 +45,61 @@ def hub_rows(source: SourceSpec) -> Iterator[Row]:
 def hub_commit(source: SourceSpec) -> str:
     """The commit that a hub dataset's revision stands for; asks the hub unless it is one.
 
+    Offline it is the one that huggingface_hub's cache knows.
+
     Raises:
-        DataError: the hub cannot be asked.
+        DataError: the hub has no such dataset, does not let this user in, or cannot be asked.
     """
-    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
-        return source.revision
-    from huggingface_hub import HfApi
-
-    name = source.path.removeprefix(HUB_PREFIX)
+    name = _name(source)
     try:
-        return str(HfApi().dataset_info(name, revision=source.revision).sha)
+        return str(name.at_commit().revision)
     except Exception as error:
-        raise _cannot_be_opened(source, error) from error
+        # without its cause: that may hold the token
+        raise DataError(f"source {source.name!r}: {refusal(name, error)}") from None
 
 
-def _cannot_be_opened(source: SourceSpec, error: Exception) -> DataError:
-    return DataError(
-        f"{source.path} cannot be opened: {_in_one_line(error)}. Check the network, the name and "
-        "`split:`, `config:`, `revision:`; or download it where there is a network "
-        f"(hf download --repo-type dataset {source.path.removeprefix(HUB_PREFIX)} "
-        "--local-dir FOLDER) and give the folder's files as `path:`."
+def _name(source: SourceSpec) -> HubName:
+    repo, at, revision = source.path.removeprefix(HUB_PREFIX).partition("@")
+    if at:
+        raise DataError(
+            f"source {source.name!r}: {source.path} names a revision. Give {HUB_PREFIX}{repo} as "
+            f"`path:`, and it as `revision: {revision}`."
+        )
+    return HubName("dataset", repo, source.revision)
+
+
+def _cause(name: HubName, error: Exception) -> Exception:
+    """The hub's own no, of which `datasets` keeps only that there was one."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        if not is_offline():
+            HfApi().auth_check(name.repo, repo_type="dataset")
+    except RepositoryNotFoundError as no:  # gated ones, too
+        return no
+    except Exception:
+        return error
+    return error
+
+
+def _opened(name: HubName, source: SourceSpec) -> Any:
+    import datasets  # slow to import, and only needed here
+
+    if not is_offline():
+        return datasets.load_dataset(
+            name.repo,
+            source.config,
+            split=source.split,
+            revision=name.revision,
+            streaming=True,
+        )
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+
+    # `datasets` streams from the hub alone, and keeps nothing of it but the card. That the copy is
+    # whole is known by the list of its files, which `hf download` leaves
+    get_cached_repo_tree(name.repo, repo_type="dataset", revision=name.revision)
+    folder = snapshot_download(
+        name.repo, repo_type="dataset", revision=name.revision, local_files_only=True
     )
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return datasets.load_dataset(folder, source.config, split=source.split, streaming=True)

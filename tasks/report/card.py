@@ -12,6 +12,7 @@ import yaml
 
 from p2d_core.export.exporting import Exported
 from p2d_core.export.rounding import Shift
+from p2d_core.samples.source import HUB_PREFIX
 from p2d_core.store import ArtifactRef
 from tasks.report.markdown import code, escaped, table
 from tasks.report.page import Page
@@ -30,8 +31,8 @@ LOADING = {
     "lora": """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained({base}{at})
+model = AutoModelForCausalLM.from_pretrained({base}{at}, dtype="{dtype}")
 model = PeftModel.from_pretrained(model, ".")
 """,
     "merged": """\
@@ -42,7 +43,7 @@ model = AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")
     "delta": """\
 import json, safetensors.torch, torch, transformers
 places, new = json.load(open("delta.json")), safetensors.torch.load_file("delta.safetensors")
-model = transformers.AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}")
+model = transformers.AutoModelForCausalLM.from_pretrained({base}{at}, dtype="{dtype}")
 for name, at in places["slices"].items():
     model.get_parameter(name).data.index_copy_(at["dim"], torch.tensor(at["index"]), new[name])
 """,
@@ -62,6 +63,8 @@ class Card:
     """Folder of the base."""
     base_name: str
     """What it is called instead, such as a hub's name for it; empty: by its folder."""
+    base_revision: str
+    """Commit of the base on the hub; empty where it is a folder."""
     license_id: str
     has_picture: bool
 
@@ -96,7 +99,7 @@ def as_card(card: Card) -> str:
         "In this folder:",
         "",
         "```python",
-        *loading(card.exported, card.base_name or card.base),
+        *loading(card.exported, card.base_name or card.base, card.base_revision),
         "```",
         "",
         *(f"- {escaped(sentence)}" for sentence in precision_words(card.exported)),
@@ -109,10 +112,12 @@ def as_card(card: Card) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def loading(exported: Exported, base: str) -> list[str]:
+def loading(exported: Exported, base: str, revision: str = "") -> list[str]:
     """Lines of Python that load it, run in its folder."""
     text = LOADING[exported.form].format(
-        base=json.dumps(base, ensure_ascii=False), dtype=exported.dtype
+        base=json.dumps(base, ensure_ascii=False),
+        at=f', revision="{revision}"' if revision else "",
+        dtype=exported.dtype,
     )
     return text.splitlines()
 
@@ -167,8 +172,9 @@ def precision_words(exported: Exported) -> list[str]:
 
 def _facts(card: Card) -> list[str]:
     manifest = card.model.manifest
+    commit = f" at commit {code(card.base_revision)}" if card.base_revision else ""
     rows = {
-        "base model": f"{escaped(card.base_words)}, SHA-256 of its files "
+        "base model": f"{escaped(card.base_words)}{commit}, SHA-256 of its files "
         f"{code(manifest.inputs['base']['sha256'])}",
         "adaptation": f"{escaped(str(manifest.facts['adaptation']))}: "
         f"{manifest.facts['trainable']:,} parameters moved, "
@@ -181,6 +187,7 @@ def _facts(card: Card) -> list[str]:
         rows |= {
             "target": escaped(card.summary.target),
             "corpus": _corpus(card.summary),
+            **_datasets(card.summary),
             "data": escaped(page.data_text),
             "task heads": escaped(page.heads_text),
             "run": code(card.summary.run_id),
@@ -221,6 +228,12 @@ def _of_run(card: Card, summary: Summary) -> list[str]:
 def _corpus(summary: Summary) -> str:
     sources = summary.selection.corpus_by_source
     return f"{summary.selection.corpus:,} samples of {escaped(', '.join(sorted(sources)))}"
+
+
+def _datasets(summary: Summary) -> dict[str, str]:
+    """Those of the hub, with their commits."""
+    found = [code(name) for name in summary.hub if name.startswith(HUB_PREFIX)]
+    return {"hub datasets": ", ".join(found)} if found else {}
 
 
 def _page(summary: Summary) -> Page:

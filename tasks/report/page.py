@@ -157,6 +157,7 @@ class Page:
         facts = [
             ("target", summary.target),
             ("base model", summary.base),
+            *([("from the hub", ", ".join(summary.hub))] if summary.hub else []),
             ("task heads", self.heads_text),
             ("data", self.data_text + summary.selection.boundary_text),
             ("quality", self.quality_text),

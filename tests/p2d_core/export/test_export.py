@@ -459,10 +459,10 @@ def test_what_was_trained_as_a_lora_is_exported_as_that_lora(tmp_path):
 
 
 def test_an_export_that_drops_something_is_found_when_it_is_read_back(tried, tmp_path, monkeypatch):
-    def drop_one(model, parts, base, folder, base_name):
+    def drop_one(model, parts, base, folder, *base_name):
         fewer = dict(parts.slices.blocks)
         fewer.pop(max(fewer))
-        replace(parts, slices=type(parts.slices)(fewer)).write(base, folder, base_name)
+        replace(parts, slices=type(parts.slices)(fewer)).write(base, folder, *base_name)
 
     monkeypatch.setattr(exporting, "_write_lora", drop_one)
     with pytest.raises(ExportError, match=r"v_proj\.weight is not bit for bit.*--as merged"):
