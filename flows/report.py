@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.aer import Reference
-from p2d_core.evaluation.evaluate import HIGHER_IS_BETTER
+from p2d_core.evaluation import metrics
+from p2d_core.evaluation.metric import ALWAYS
 from p2d_core.samples.rejected import REJECTED
 from p2d_core.selection.subset import SUBSET
 from p2d_core.store import ArtifactRef
@@ -156,23 +157,25 @@ def labels_of(subset: ArtifactRef) -> dict[str, int]:
 
 
 def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) -> QualitySummary:
-    def metrics(arm: str, on: str = "target") -> dict[str, float]:
+    def measured(arm: str, on: str = "target") -> dict[str, float]:
         return dict(evaluations[arm][on].manifest.facts["metrics"])
 
-    by_arm = {arm: metrics(arm)[metric] for arm in evaluations}
+    by_arm = {arm: measured(arm)[metric] for arm in evaluations}
+    also = [name for name in measured("base") if name not in (metric, ALWAYS)]
     return QualitySummary(
         metric=metric,
-        higher_is_better=HIGHER_IS_BETTER[metric],
+        higher_is_better=metrics.get(metric).higher_is_better,
         base=by_arm["base"],
         p2d=by_arm["p2d"],
         full=by_arm.get("full"),
         random=by_arm.get("random"),
         proxy=by_arm.get("proxy"),
         retention={
-            arm: metrics(arm, "retention")[metric]
-            for arm, measured in evaluations.items()
-            if "retention" in measured
+            arm: measured(arm, "retention")[metric]
+            for arm, sets in evaluations.items()
+            if "retention" in sets
         },
-        losses={arm: metrics(arm)["loss"] for arm in evaluations},
+        losses={arm: measured(arm)[ALWAYS] for arm in evaluations},
+        also={name: {arm: measured(arm)[name] for arm in evaluations} for name in also},
         samples=evaluations["base"]["target"].manifest.facts["samples"],
     )

@@ -89,6 +89,8 @@ class QualitySummary(BaseModel):
     """Same metric on the retention samples, by arm."""
     losses: dict[str, float] = {}
     """Mean response-token loss on the evaluation samples, by arm."""
+    also: dict[str, dict[str, float]] = {}
+    """Further metrics on the evaluation samples: metric -> arm -> value."""
     samples: int = 0
 
 

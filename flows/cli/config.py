@@ -31,6 +31,7 @@ EXAMPLES = {
     ],
     "evaluation.source": ["#   path: path/to/test.jsonl"],
     "evaluation.retention": ["#   path: path/to/old_skills.jsonl"],
+    "evaluation.harness": ["#   tasks: [my_task]", "#   include_path: path/to/task_files"],
 }
 BESIDE = 34
 PLAIN = ("> 0", ">= 0", ">= 1")
