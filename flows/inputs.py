@@ -14,6 +14,7 @@ from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError, SettingsError
 from p2d_core.evaluation import EvaluationSpec, metrics
 from p2d_core.evaluation.evaluate import check_sample
+from p2d_core.evaluation.harness import HarnessSpec, checked_tasks
 from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
@@ -58,6 +59,7 @@ class Inputs:
     full_training: TrainingSpec
     selection: SelectionSpec
     evaluating: EvaluationSpec
+    harness: HarnessSpec | None
 
 
 def check_inputs(
@@ -143,6 +145,7 @@ def check_inputs(
             seed=settings.seed,
         ),
         evaluating=evaluating,
+        harness=like.harness if like else _harness(settings),
     )
 
 
@@ -160,6 +163,13 @@ def _evaluating(settings: RunSettings) -> EvaluationSpec:
     for name in spec.measured:
         metrics.get(name)
     return spec
+
+
+def _harness(settings: RunSettings) -> HarnessSpec | None:
+    asked = settings.evaluation.harness
+    if asked is None:
+        return None
+    return checked_tasks(asked.tasks, asked.include_path, asked.limit, asked.num_fewshot)
 
 
 def _condition(where: str | None, scorer: Any) -> str | None:

@@ -22,6 +22,7 @@ from p2d_core.store import ArtifactRef
 from tasks.heads import PICTURE
 from tasks.summary import (
     AERSummary,
+    HarnessLine,
     HeadsSummary,
     QualitySummary,
     RejectedSummary,
@@ -41,6 +42,7 @@ def make_summary(
     subset: ArtifactRef,
     models: Mapping[str, ArtifactRef | None],
     evaluations: Mapping[str, Mapping[str, ArtifactRef]],
+    benchmarks: Mapping[str, ArtifactRef],
 ) -> Summary:
     """Reads manifests and small files only."""
     model = models["p2d"]
@@ -50,10 +52,12 @@ def make_summary(
     facts = model.manifest.facts
     kept = {f"model_{arm}": models[arm] for arm in ("random", "full") if models.get(arm)}
     last = {entry.stage: entry.refs[-1] for entry in ledger.entries if entry.refs}
-    last.pop("evaluation")
+    for by_arm in ("evaluation", "harness"):
+        last.pop(by_arm, None)
     named = last | {"heads": heads, "subset": subset, "model": model} | kept
     for arm, measured in evaluations.items():
         named |= {f"evaluation_{arm}_{on}": ref for on, ref in measured.items()}
+    named |= {f"harness_{arm}": ref for arm, ref in benchmarks.items()}
     return Summary(
         run_id=ledger.run_id,
         name=settings.name,
@@ -68,6 +72,7 @@ def make_summary(
             share_of_attention=facts["share_of_attention"],
         ),
         quality=_quality(settings.evaluation.metric, evaluations),
+        harness=_harness(benchmarks),
         aer=AERSummary(
             cold=cold.ratio,
             this_run=now.ratio,
@@ -154,6 +159,16 @@ def labels_of(subset: ArtifactRef) -> dict[str, int]:
         if isinstance(label, str):
             labels[label] += 1
     return dict(labels.most_common())
+
+
+def _harness(benchmarks: Mapping[str, ArtifactRef]) -> list[HarnessLine]:
+    lines: dict[tuple[str, str], HarnessLine] = {}
+    for arm, ref in benchmarks.items():
+        for row in ref.manifest.facts["results"]:
+            new = HarnessLine.model_validate(row | {"value": {}, "stderr": {}})
+            line = lines.setdefault((row["task"], row["metric"]), new)
+            line.value[arm], line.stderr[arm] = row["value"], row["stderr"]
+    return list(lines.values())
 
 
 def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) -> QualitySummary:

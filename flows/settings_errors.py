@@ -26,10 +26,8 @@ def explain(error: ValidationError, file: Path, root: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{file}: `{key}` is missing. {_help(problem['loc'], root)}")
         else:
-            given = problem["input"]
-            lines.append(
-                f"{file}: `{key}` was {shortened(given)}. {problem['msg']}. {_help(problem['loc'], root)}"
-            )
+            given, meaning = shortened(problem["input"]), _help(problem["loc"], root)
+            lines.append(f"{file}: `{key}` was {given}. {problem['msg']}. {meaning}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from p2d_core.registry import Registry
 from p2d_core.samples.schema import Sample
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Normalise = Literal["none", "tokens", "bytes"]
 ALWAYS = "loss"
 """The metric that is measured whatever else is."""
+FIRST = "1"
+"""Version of a metric that is in no key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,17 @@ class EvaluationSpec:
             "answer_pattern": self.answer_pattern,
             "max_new_tokens": self.max_new_tokens,
         }
-        if also := sorted({*self.measured} - {ALWAYS, self.metric}):
-            values["also"] = also
-        if "accuracy" in self.measured:
-            choices = {"choices": self.choices, "answer": self.answer, "normalise": self.normalise}
-            values |= choices
-        versions = {name: metrics.get(name).version for name in self.measured}
-        if changed := {name: version for name, version in versions.items() if version != "1"}:
-            values["versions"] = changed
+        values |= self._identity_of(self.metric)
+        if also := {*self.measured} - {ALWAYS, self.metric}:
+            values["also"] = {name: self._identity_of(name) for name in sorted(also)}
         return values
+
+    def _identity_of(self, name: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        if name == "accuracy":
+            values |= {"choices": self.choices, "answer": self.answer, "normalise": self.normalise}
+        version = metrics.get(name).version
+        return values | ({"version": version} if version != FIRST else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +78,11 @@ class Measured:
 class Metric(Protocol):
     """Judges a model on the evaluation samples."""
 
-    @property
-    def version(self) -> str:
-        """Changes when the same model on the same samples is given another number."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Or lower."""
-
-    @property
-    def generates(self) -> bool:
-        """Whether it looks at `Evidence.answers`, which are dear."""
+    version: ClassVar[str]
+    """Changes when the same model on the same samples is given another number."""
+    higher_is_better: ClassVar[bool]
+    generates: ClassVar[bool]
+    """Whether it looks at `Evidence.answers`, which are dear."""
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Refuses what the metric could say nothing of, before anything is started.
