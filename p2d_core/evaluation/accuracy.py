@@ -87,8 +87,9 @@ def choices_of(sample: Sample, spec: EvaluationSpec) -> tuple[list[str], int]:
     value = _column(columns, spec.choices, "evaluation.choices", where)
     texts, labels = _texts(value)
     if len(texts) < 2 or not all(isinstance(each, str) and each.strip() for each in texts):
+        held = json.dumps(value, ensure_ascii=False)[:60]
         raise DataError(
-            f"{where}: column {spec.choices!r} (evaluation.choices) holds {str(value)[:60]!r}, "
+            f"{where}: column {spec.choices!r} (evaluation.choices) holds {held}, "
             "not two texts or more to choose from. Make it a list of texts."
         )
     choices = [canonical_text(each) for each in texts]

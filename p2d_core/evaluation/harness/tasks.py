@@ -7,8 +7,9 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -18,8 +19,8 @@ from typing import Any
 from p2d_core.errors import SettingsError
 from p2d_core.evaluation.harness.contained import SEEDS, contained
 
-PLACES = ("dataset_path", "dataset_name", "dataset_kwargs")
-"""Of a task's settings: where its documents lie. Those themselves are in the hash."""
+PLACES = ("dataset_path", "dataset_name", "dataset_kwargs", "config_source")
+"""Of a task's settings: where its documents and its file lie. What is there is in the hash."""
 MOST_NEAR = 5
 
 
@@ -132,24 +133,30 @@ def _index(include_path: str | None, names: Sequence[str]) -> Any:
     """A task manager that knows the names; of lm-eval's own 14,000 tasks only if it has to."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        parts = [own.task_index.get(name) for name in names]
-        # a group may have members that are not its own folder's
-        if all(entry is not None and "group" not in (entry.cfg or {}) for entry in parts):
-            return own
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    missing = [name for name in names if name not in own.task_index]
+    entries = [own.task_index[name] for name in names if name not in missing]
+    # a group may have members that are not its own folder's
+    if not missing and not any("group" in (entry.cfg or {}) for entry in entries):
+        return own
+    files = _built_in_files() if missing else b""
+    for name in missing:
+        if name.encode() not in files:
+            _refuse(name, [*own.all_tasks, *_names_in(files)], include_path)
     known = TaskManager(include_path=include_path) if include_path else _built_in()
     for name in names:
         if name not in known.task_index:
-            near = difflib.get_close_matches(name, known.all_tasks, n=MOST_NEAR, cutoff=0.5)
-            hint = f"Near: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
-            where = f"lm-eval {version('lm_eval')}"
-            if include_path:
-                where += f" or in {include_path}, where a file that is no task is passed over"
-            raise SettingsError(
-                f"evaluation.harness.tasks: there is no task {name!r} in {where}. {hint}"
-            )
+            _refuse(name, known.all_tasks, include_path)
     return known
+
+
+def _refuse(name: str, known: Sequence[str], include_path: str | None) -> None:
+    near = difflib.get_close_matches(name, known, n=MOST_NEAR, cutoff=0.5)
+    hint = f"Near: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
+    where = f"lm-eval {version('lm_eval')}"
+    if include_path:
+        where += f" or in {include_path}, where a file that is no task is passed over"
+    raise SettingsError(f"evaluation.harness.tasks: there is no task {name!r} in {where}. {hint}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -157,6 +164,19 @@ def _built_in() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def _built_in_files() -> bytes:
+    """The text of lm-eval's own task files: a second to search, where an index takes many."""
+    import lm_eval
+
+    folder = Path(lm_eval.__path__[0]) / "tasks"
+    return b"\n".join(file.read_bytes() for file in sorted(folder.rglob("*.yaml")))
+
+
+def _names_in(files: bytes) -> list[str]:
+    found = re.findall(rb"^(?:task|group|tag)\s*:\s*[\"']?([\w.+-]+)", files, re.MULTILINE)
+    return sorted({name.decode() for name in found})
 
 
 def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
@@ -196,14 +216,21 @@ def _hash(loaded: dict[str, Any], limit: int | None) -> str:
 
     for name, task in sorted(loaded["tasks"].items()):
         settings = task.config.to_dict(keep_callable=True)
-        add([name, {key: value for key, value in settings.items() if key not in PLACES}])
+        add([name, _without_places(settings)])
         add(_in_words(type(task)))
         _add_documents(add, islice(task.eval_docs, limit))
         if settings.get("num_fewshot"):
             _add_documents(add, task.fewshot_docs())
     for name, group in sorted(loaded["groups"].items()):
-        add([name, group.child_names, asdict(group.config) if hasattr(group, "config") else None])
+        add([name, group.child_names, _without_places(vars(group))])
     return found.hexdigest()
+
+
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if key not in PLACES}
+    if isinstance(kept.get("metadata"), dict):
+        kept["metadata"] = _without_places(kept["metadata"])
+    return kept
 
 
 def _add_documents(add: Any, documents: Iterable[Any]) -> None:
