@@ -134,11 +134,9 @@ def _index(include_path: str | None, names: Sequence[str]) -> Any:
     from lm_eval.tasks import TaskManager
 
     own = TaskManager(include_path=include_path, include_defaults=False)
-    missing = [name for name in names if name not in own.task_index]
-    entries = [own.task_index[name] for name in names if name not in missing]
-    # a group may have members that are not its own folder's
-    if not missing and not any("group" in (entry.cfg or {}) for entry in entries):
+    if all(_is_whole(name, own.task_index) for name in names):
         return own
+    missing = [name for name in names if name not in own.task_index]
     files = _built_in_files() if missing else b""
     for name in missing:
         if name.encode() not in files:
@@ -148,6 +146,17 @@ def _index(include_path: str | None, names: Sequence[str]) -> Any:
         if name not in known.task_index:
             _refuse(name, known.all_tasks, include_path)
     return known
+
+
+def _is_whole(name: Any, index: Mapping[str, Any]) -> bool:
+    """Whether a task is in the index; of a group, whether all of its members are."""
+    if isinstance(name, dict):
+        name = name.get("task", name.get("group"))
+    if not isinstance(name, str) or name not in index:
+        return False
+    settings = index[name].cfg or {}
+    members = settings.get("task", []) if "group" in settings else []
+    return all(_is_whole(each, index) for each in members)
 
 
 def _refuse(name: str, known: Sequence[str], include_path: str | None) -> None:
@@ -222,7 +231,7 @@ def _hash(loaded: dict[str, Any], limit: int | None) -> str:
         if settings.get("num_fewshot"):
             _add_documents(add, task.fewshot_docs())
     for name, group in sorted(loaded["groups"].items()):
-        add([name, group.child_names, _without_places(vars(group))])
+        add([name, group.child_names, str(group.aggregate_metric_list)])
     return found.hexdigest()
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from p2d_core.errors import EvaluationError, SettingsError
 from p2d_core.evaluation import EvaluationSpec
@@ -131,6 +132,27 @@ BEFORE = "{}"
 """
 
 
+def test_a_group_is_the_mean_of_its_tasks(model, tmp_path):
+    sizes = {"choices": 30, "likelihood": 20}
+    names = [
+        write_task(tmp_path, kind, documents(size), metric_list=[{"metric": "acc"}])
+        for kind, size in sizes.items()
+    ]
+    group = {
+        "group": "words",
+        "task": names,
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    spec = checked_tasks(["words"], str(tmp_path))
+    rows = found(run_tasks(model, word_tokenizer(), spec))
+    accs = [rows[name, "acc"]["value"] for name in names]
+    mean = sum(acc * size for acc, size in zip(accs, sizes.values(), strict=True)) / 50
+    assert rows["words", "acc"]["value"] == pytest.approx(mean)
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group | {"task": names[:1]}))
+    assert checked_tasks(["words"], str(tmp_path)).sha256 != spec.sha256
+
+
 def test_the_key_is_of_what_a_task_is_and_not_of_where_it_lies(tmp_path):
     def identity(folder: str, rows: list[dict], before: str = "") -> dict:
         name = write_task(tmp_path / folder, "choices", rows, doc_to_text="OWN")
@@ -160,7 +182,7 @@ def test_a_task_that_lm_eval_cannot_run_says_which(model, tmp_path):
     without = {"prompt": "alo", "response": "bru", "options": None}
     rows = [*documents(3), without]
     spec = checked_tasks([write_task(tmp_path, "choices", rows)], str(tmp_path))
-    with pytest.raises(EvaluationError, match="could not run words_choices .*is kept: mend"):
+    with pytest.raises(EvaluationError, match=r"could not run words_choices .*is kept: mend"):
         run_tasks(model, word_tokenizer(), spec)
 
 
@@ -169,12 +191,8 @@ def test_a_task_that_lm_eval_cannot_run_says_which(model, tmp_path):
     [
         ({"unsafe_code": True}, "runs code that the model writes, which P2D does not"),
         (
-            {
-                "metric_list": [
-                    {"metric": "bertscore", "aggregation": "mean", "higher_is_better": True}
-                ]
-            },
-            "the metric 'bertscore', which lm-eval would load as code from the hub",
+            {"metric_list": [{"metric": "bert", "aggregation": "mean", "higher_is_better": True}]},
+            "the metric 'bert', which lm-eval would load as code from the hub",
         ),
         (
             {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
@@ -190,12 +208,12 @@ def test_what_is_not_run_here_is_refused(tmp_path, more, message):
 
 def test_an_unknown_task_names_those_that_are_near(tmp_path):
     write_task(tmp_path, "choices", documents(3))
-    with pytest.raises(SettingsError, match="no task 'words_choice' .* Near: words_choices"):
+    with pytest.raises(SettingsError, match=r"no task 'words_choice' .* Near: words_choices"):
         checked_tasks(["words_choice"], str(tmp_path))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="include_path: .*none is no folder"):
+    with pytest.raises(SettingsError, match=r"include_path: .*none is no folder"):
         checked_tasks(["any"], str(tmp_path / "none"))
 
 

@@ -149,7 +149,7 @@ def test_rouge_l_refuses_letters_that_it_does_not_see():
 
 
 def test_an_unknown_metric_names_the_known_ones():
-    with pytest.raises(UnknownNameError, match="no metric 'bleu'. Known: accuracy, exact_match,"):
+    with pytest.raises(UnknownNameError, match=r"no metric 'bleu'. Known: accuracy, exact_match,"):
         check_sample(sample("p", "r"), EvaluationSpec(also=("bleu",)))
 
 
