@@ -191,10 +191,6 @@ def test_a_task_that_lm_eval_cannot_run_says_which(model, tmp_path):
     [
         ({"unsafe_code": True}, "runs code that the model writes, which P2D does not"),
         (
-            {"metric_list": [{"metric": "bert", "aggregation": "mean", "higher_is_better": True}]},
-            "the metric 'bert', which lm-eval would load as code from the hub",
-        ),
-        (
             {"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
             "'words_choices' cannot be loaded .*nowhere.jsonl.*Mend its file or its data",
         ),
@@ -204,6 +200,18 @@ def test_what_is_not_run_here_is_refused(tmp_path, more, message):
     name = write_task(tmp_path, "choices", documents(3), **more)
     with pytest.raises(SettingsError, match=message):
         checked_tasks([name], str(tmp_path))
+
+
+def test_a_metric_that_is_code_from_elsewhere_is_refused_and_not_run(tmp_path):
+    """A script in a folder stands for one of the hub: lm-eval would load both in the same way."""
+    script, ran = tmp_path / "odd" / "odd.py", tmp_path / "ran"
+    script.parent.mkdir()
+    script.write_text(f"open({str(ran)!r}, 'w')\n")
+    metric = {"metric": str(script), "aggregation": "mean", "higher_is_better": True}
+    name = write_task(tmp_path, "choices", documents(3), metric_list=[metric])
+    with pytest.raises(SettingsError, match=r"odd.py', which lm-eval would load as code"):
+        checked_tasks([name], str(tmp_path))
+    assert not ran.exists()
 
 
 def test_an_unknown_task_names_those_that_are_near(tmp_path):
