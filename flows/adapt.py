@@ -21,6 +21,7 @@ from flows.settings import RunSettings, anchored
 from flows.stages import (
     IN_USE,
     Run,
+    benchmark,
     choose,
     cost_of_full,
     evaluate,
@@ -123,6 +124,7 @@ def adapt_to(
         models["proxy"] = head_proxy
     reference = cost_of_full(run, data, models.get("full"))
     evaluations = {arm: evaluate(run, data, arm, model) for arm, model in models.items()}
+    benchmarks = benchmark(run, models)
 
     summary = make_summary(
         settings,
@@ -134,6 +136,7 @@ def adapt_to(
         subset,
         models,
         evaluations,
+        benchmarks,
     )
     summary.command = rerun_command(store, run_id, given)
     summary.planned = kept_plan(store, settings, inputs, given.key if given else None)

@@ -38,7 +38,7 @@ from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
 from p2d_core.errors import InputError, P2DError
-from p2d_core.evaluation.evaluate import HIGHER_IS_BETTER
+from p2d_core.evaluation import metrics
 from p2d_core.store import ArtifactRef, Store
 from tasks.comparison import compare_arms
 from tasks.model import fine_tune
@@ -173,7 +173,7 @@ def run_arms(
         make_runtime(settings, store, run_id),
         runs=runs,
         metric=metric,
-        higher_is_better=HIGHER_IS_BETTER[metric],
+        higher_is_better=metrics.get(metric).higher_is_better,
         name=settings.name,
     )
     record_comparison(done, run_id, settings.tracking.model_dump(mode="json"), store)

@@ -13,7 +13,9 @@ from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError, SettingsError
-from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
+from p2d_core.evaluation import EvaluationSpec, metrics
+from p2d_core.evaluation.evaluate import check_sample
+from p2d_core.evaluation.harness import HarnessSpec, checked_tasks
 from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
@@ -58,6 +60,7 @@ class Inputs:
     full_training: TrainingSpec
     selection: SelectionSpec
     evaluating: EvaluationSpec
+    harness: HarnessSpec | None
 
 
 def check_inputs(
@@ -87,8 +90,9 @@ def check_inputs(
         options.setdefault("seed", settings.seed)
     adaptation = adaptations.make(settings.training.adaptation, options)
     where = _condition(settings.selection.where, scorer)
+    evaluating = _evaluating(settings)
     if like is None:
-        _check_data(settings)
+        _check_data(settings, evaluating)
     text = TextFormat(
         settings.format.separator, min(settings.format.max_tokens, most_tokens(folder))
     )
@@ -142,10 +146,32 @@ def check_inputs(
             where=where,
             seed=settings.seed,
         ),
-        evaluating=EvaluationSpec(
-            evaluation.metric, evaluation.answer_pattern, evaluation.max_new_tokens
-        ),
+        evaluating=evaluating,
+        harness=like.harness if like else _harness(settings),
     )
+
+
+def _evaluating(settings: RunSettings) -> EvaluationSpec:
+    evaluation = settings.evaluation
+    spec = EvaluationSpec(
+        metric=evaluation.metric,
+        answer_pattern=evaluation.answer_pattern,
+        max_new_tokens=evaluation.max_new_tokens,
+        also=evaluation.also,
+        choices=evaluation.choices,
+        answer=evaluation.answer,
+        normalise=evaluation.normalise,
+    )
+    for name in spec.measured:
+        metrics.get(name)
+    return spec
+
+
+def _harness(settings: RunSettings) -> HarnessSpec | None:
+    asked = settings.evaluation.harness
+    if asked is None:
+        return None
+    return checked_tasks(asked.tasks, asked.include_path, asked.limit, asked.num_fewshot)
 
 
 def _condition(where: str | None, scorer: Any) -> str | None:
@@ -182,7 +208,7 @@ def _scorer_options(settings: RunSettings) -> dict[str, Any]:
     return {"depth": scoring.depth} | scoring.options
 
 
-def _check_data(settings: RunSettings) -> None:
+def _check_data(settings: RunSettings, evaluating: EvaluationSpec) -> None:
     evaluation = settings.evaluation
     rejected = RejectedRows(settings.skip_bad_rows)
     target = list(_checked(_spec(settings.target), rejected))
@@ -199,8 +225,8 @@ def _check_data(settings: RunSettings) -> None:
     if evaluation.source is not None:
         asked = list(_checked(_spec(evaluation.source), rejected))
         refuse_overlap(target, asked)
-    if evaluation.metric == "exact_match":
-        _check_answers(asked, evaluation.answer_pattern)
+    for sample in asked:
+        check_sample(sample, evaluating)
     if not settings.corpus.sources and not (settings.corpus.include_target and split.rest):
         raise DataError(
             "the corpus has no samples: corpus.sources is empty, and none of the target's "
@@ -214,7 +240,9 @@ def _check_data(settings: RunSettings) -> None:
         if spec.is_on_hub:
             continue
         size = sum(file.path.stat().st_size for file in files_of(spec))
-        for row, _ in enumerate(_checked(spec, rejected)):
+        for row, sample in enumerate(_checked(spec, rejected)):
+            if other is evaluation.retention:
+                check_sample(sample, evaluating)
             if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:
                 break
 
@@ -222,16 +250,6 @@ def _check_data(settings: RunSettings) -> None:
 def _checked(source: SourceSpec, rejected: RejectedRows) -> Iterator[Sample]:
     with progress_of(f"checking {source.name} (rows)") as progress:
         yield from read_samples(source, on_bad_row=rejected, progress=progress)
-
-
-def _check_answers(samples: Iterable[Sample], pattern: str | None) -> None:
-    for sample in samples:
-        if answer_of(sample.response, pattern) is None:
-            raise DataError(
-                f"row {sample.row + 1} of source {sample.source!r}: its response has no match of "
-                f"evaluation.answer_pattern {pattern!r}, so no answer could be right. "
-                "Mend the pattern, or leave the row out."
-            )
 
 
 def _spec(given: SourceSettings) -> SourceSpec:

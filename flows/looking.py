@@ -14,6 +14,7 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.stages import (
     Run,
+    benchmark,
     choose,
     choose_at_random,
     cost_of_full,
@@ -130,6 +131,7 @@ def look_up(
         models["proxy"] = tuned or NotMade(stage="head_proxy", waits_for=waits_for[0])
     for arm, model in models.items():
         evaluate(run, data, arm, model)
+    benchmark(run, models)
     with suppress(NotMadeError):  # it is looked up all the same
         cost_of_full(run, data, full)
     return Found(run.ledger, waits_for[0] if waits_for else "", Store(store))

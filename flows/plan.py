@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flows.adapt import given_head_map
 from flows.environment import MORE_BOOKS, NEW_BOOKS
+from flows.harness_timing import harness_estimate
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import ranked_bases
@@ -140,7 +141,13 @@ class _Planner:
 
     def parts(self) -> list[Part]:
         """Every call of the run, with what it takes."""
-        calls = [*self._heads(), *self._scoring(), *self._models(), *self._evaluations()]
+        calls = [
+            *self._heads(),
+            *self._scoring(),
+            *self._models(),
+            *self._evaluations(),
+            *self._harness(),
+        ]
         places = [[name for name, _ in calls[:i]].count(name) for i, (name, _) in enumerate(calls)]
         looked = [self.found.of(name, n) for (name, _), n in zip(calls, places, strict=True)]
         states = [self.found.state(call[0], refs) for call, refs in zip(calls, looked, strict=True)]
@@ -223,10 +230,14 @@ class _Planner:
             reference = reference_in(calibrated)
             self.full = Estimate(reference.seconds, reference.spread_seconds)
 
-    def _evaluations(self) -> Iterator[Call]:
+    @property
+    def arms(self) -> list[str]:
+        """What is evaluated."""
         arms, shown = ["base", "p2d"], self.settings.arms
         arms += ["random"] * shown.random + ["full"] * (shown.full == "measured")
-        arms += ["proxy"] * uses_head_proxy(self.inputs)
+        return arms + ["proxy"] * uses_head_proxy(self.inputs)
+
+    def _evaluations(self) -> Iterator[Call]:
 
         @cache
         def on_samples(adapter: bool) -> Estimate:
@@ -240,8 +251,29 @@ class _Planner:
                 loads = self.rehearsal.base.load().times(1 + bool(self.data.retention))
             return loads + on_samples(arm in ("p2d", "random"))
 
-        for arm in arms:
+        for arm in self.arms:
             yield "evaluation", partial(estimate, arm)
+
+    def _harness(self) -> Iterator[Call]:
+        asked, spec = self.settings.evaluation.harness, self.inputs.harness
+        if asked is None or spec is None:
+            return
+        arms = [arm for arm in self.arms if arm in asked.arms]
+
+        @cache
+        def on_tasks(adapter: bool) -> Estimate:
+            return harness_estimate(self.rehearsal, spec, asked.batch_size, adapter=adapter)
+
+        def estimate() -> Estimate:
+            base = self.rehearsal.base
+            return total(
+                (base.captured_load() if arm == "base" else base.load())
+                + on_tasks(arm in ("p2d", "random"))
+                for arm in arms
+            )
+
+        if arms:
+            yield "harness", estimate
 
     def plan(self, parts: list[Part], cost: Cost) -> Plan:
         """What is kept and shown."""

@@ -31,6 +31,8 @@ def plan_key(settings: RunSettings, inputs: Inputs, head_map: str | None) -> str
     values["corpus"].pop("sources")
     for name in ("source", "retention"):
         values["evaluation"].pop(name)
+    if inputs.harness is not None:
+        values["evaluation"]["harness"] |= inputs.harness.identity | {"include_path": None}
     sources = [inputs.target, inputs.evaluation, inputs.retention, *inputs.corpus]
     identities = [each.identity if each is not None else None for each in sources]
     whole = [values, inputs.base.identity, identities, head_map]

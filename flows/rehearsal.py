@@ -32,6 +32,7 @@ from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
 from p2d_core.affinity.scoring import passing_ids, score_corpus
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import P2DError
+from p2d_core.evaluation import metrics
 from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.heads.head_map import HEADS, HeadMap
 from p2d_core.heads.picture import draw
@@ -308,7 +309,7 @@ class Rehearsal:
                 tokens_per_batch=self.runtime.tokens_per_batch,
             )
 
-        generates = self.inputs.evaluating.metric == "exact_match"
+        generates = any(metrics.get(name).generates for name in self.inputs.evaluating.measured)
         passes = 1.0 + GENERATED * generates
         timed = self._parts(work, samples, len(samples), passes=passes, by_tokens=not generates)
         if adapter:

@@ -15,13 +15,15 @@ from flows.hub import base_name, hub_names
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.aer import Reference
-from p2d_core.evaluation.evaluate import HIGHER_IS_BETTER
+from p2d_core.evaluation import metrics
+from p2d_core.evaluation.metric import ALWAYS
 from p2d_core.samples.rejected import REJECTED
 from p2d_core.selection.subset import SUBSET
 from p2d_core.store import ArtifactRef
 from tasks.heads import PICTURE
 from tasks.summary import (
     AERSummary,
+    HarnessLine,
     HeadsSummary,
     QualitySummary,
     RejectedSummary,
@@ -41,6 +43,7 @@ def make_summary(
     subset: ArtifactRef,
     models: Mapping[str, ArtifactRef | None],
     evaluations: Mapping[str, Mapping[str, ArtifactRef]],
+    benchmarks: Mapping[str, ArtifactRef],
 ) -> Summary:
     """Reads manifests and small files only."""
     model = models["p2d"]
@@ -50,10 +53,12 @@ def make_summary(
     facts = model.manifest.facts
     kept = {f"model_{arm}": models[arm] for arm in ("random", "full") if models.get(arm)}
     last = {entry.stage: entry.refs[-1] for entry in ledger.entries if entry.refs}
-    last.pop("evaluation")
+    for by_arm in ("evaluation", "harness"):
+        last.pop(by_arm, None)
     named = last | {"heads": heads, "subset": subset, "model": model} | kept
     for arm, measured in evaluations.items():
         named |= {f"evaluation_{arm}_{on}": ref for on, ref in measured.items()}
+    named |= {f"harness_{arm}": ref for arm, ref in benchmarks.items()}
     return Summary(
         run_id=ledger.run_id,
         name=settings.name,
@@ -69,6 +74,7 @@ def make_summary(
             share_of_attention=facts["share_of_attention"],
         ),
         quality=_quality(settings.evaluation.metric, evaluations),
+        harness=_harness(benchmarks),
         aer=AERSummary(
             cold=cold.ratio,
             this_run=now.ratio,
@@ -162,24 +168,36 @@ def labels_of(subset: ArtifactRef) -> dict[str, int]:
     return dict(labels.most_common())
 
 
+def _harness(benchmarks: Mapping[str, ArtifactRef]) -> list[HarnessLine]:
+    lines: dict[tuple[str, str], HarnessLine] = {}
+    for arm, ref in benchmarks.items():
+        for row in ref.manifest.facts["results"]:
+            new = HarnessLine.model_validate(row | {"value": {}, "stderr": {}})
+            line = lines.setdefault((row["task"], row["metric"]), new)
+            line.value[arm], line.stderr[arm] = row["value"], row["stderr"]
+    return list(lines.values())
+
+
 def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) -> QualitySummary:
-    def metrics(arm: str, on: str = "target") -> dict[str, float]:
+    def measured(arm: str, on: str = "target") -> dict[str, float]:
         return dict(evaluations[arm][on].manifest.facts["metrics"])
 
-    by_arm = {arm: metrics(arm)[metric] for arm in evaluations}
+    by_arm = {arm: measured(arm)[metric] for arm in evaluations}
+    also = [name for name in measured("base") if name not in (metric, ALWAYS)]
     return QualitySummary(
         metric=metric,
-        higher_is_better=HIGHER_IS_BETTER[metric],
+        higher_is_better=metrics.get(metric).higher_is_better,
         base=by_arm["base"],
         p2d=by_arm["p2d"],
         full=by_arm.get("full"),
         random=by_arm.get("random"),
         proxy=by_arm.get("proxy"),
         retention={
-            arm: metrics(arm, "retention")[metric]
-            for arm, measured in evaluations.items()
-            if "retention" in measured
+            arm: measured(arm, "retention")[metric]
+            for arm, sets in evaluations.items()
+            if "retention" in sets
         },
-        losses={arm: metrics(arm)["loss"] for arm in evaluations},
+        losses={arm: measured(arm)[ALWAYS] for arm in evaluations},
+        also={name: {arm: measured(arm)[name] for arm in evaluations} for name in also},
         samples=evaluations["base"]["target"].manifest.facts["samples"],
     )

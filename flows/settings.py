@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flows.plain_yaml import NotPlain, plain_yaml, shortened
+from flows.settings_errors import explain
 from p2d_core.errors import SettingsError
 
 MOST_BYTES = 2**20
@@ -22,6 +23,7 @@ ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Arm = Literal["base", "p2d", "proxy", "random", "full"]
 
 
 def _pattern(text: str | None) -> str | None:
@@ -92,6 +94,23 @@ class FormatSettings(_Settings):
     """Tokens of a sample; longer prompts are cut from the left."""
 
 
+class HarnessSettings(_Settings):
+    """Tasks of EleutherAI's lm-eval on the base and the adapted model; needs p2d[eval]."""
+
+    tasks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    """Names of tasks, groups or tags."""
+    include_path: str | None = None
+    """Folder of further task files, relative to this settings file; they can run code: trust it."""
+    limit: Count | None = None
+    """First samples of each task; all if empty."""
+    num_fewshot: CountOrZero | None = None
+    """Examples before each question; as the task says if empty."""
+    batch_size: Count = 8
+    """Requests in a batch; cannot change a result beyond rounding."""
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = ("base", "p2d")
+    """Which models: base, p2d, proxy, random, full; those that a run has not are left out."""
+
+
 class EvaluationSettings(_Settings):
     """What the adapted model has to be able to do."""
 
@@ -101,12 +120,22 @@ class EvaluationSettings(_Settings):
     """How many samples are drawn from the target when there is no source of their own."""
     retention: SourceSettings | None = None
     """Samples of what the base can do already, to see what is forgotten."""
-    metric: Literal["loss", "exact_match"] = "loss"
-    """loss: mean cross-entropy of the response's tokens; exact_match: greedy answer equals it."""
+    metric: str = "loss"
+    """What arms are judged by: loss, perplexity, exact_match, rouge_l, or accuracy over choices."""
+    also: tuple[str, ...] = ()
+    """Further metrics of that list, to be seen beside it."""
     answer_pattern: Annotated[str | None, AfterValidator(_pattern)] = None
     """Regular expression whose last match is compared by exact_match, such as "#### (.*)"."""
     max_new_tokens: Count | None = None
     """Longest generated answer; the longest reference answer plus a quarter if empty."""
+    choices: str | None = None
+    """Column of each row's choices, a list of texts such as endings or options; for accuracy."""
+    answer: str | None = None
+    """Column of the right choice's text, letter or position from 0; the response if empty."""
+    normalise: Literal["none", "tokens", "bytes"] = "none"
+    """What a choice's log-likelihood is divided by, its length in tokens or bytes."""
+    harness: HarnessSettings | None = None
+    """Tasks of lm-eval, such as {tasks: [arc_easy], limit: 200}; needs p2d[eval]."""
 
 
 class ProxySettings(_Settings):
@@ -349,7 +378,7 @@ def parse_settings(values: Any, file: Path) -> RunSettings:
     try:
         settings = RunSettings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_explain(error, file)) from error
+        raise SettingsError(explain(error, file, RunSettings)) from error
     return anchored(settings, file.parent, where=str(file))
 
 
@@ -388,6 +417,10 @@ def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
             update={"path": path(given.path), "name": given.name or Path(given.path).stem}
         )
 
+    def harness(given: HarnessSettings) -> HarnessSettings:
+        folder = given.include_path
+        return given.model_copy(update={"include_path": path(folder) if folder else None})
+
     evaluation = settings.evaluation
     return settings.model_copy(
         update={
@@ -400,61 +433,8 @@ def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
                 update={
                     "source": source(evaluation.source) if evaluation.source else None,
                     "retention": source(evaluation.retention) if evaluation.retention else None,
+                    "harness": harness(evaluation.harness) if evaluation.harness else None,
                 }
             ),
         }
     )
-
-
-def _explain(error: ValidationError, file: Path) -> str:
-    lines = []
-    for problem in error.errors():
-        # where several types would do, pydantic names each of them as one more part
-        key = ".".join(str(part) for part in problem["loc"] if not _names_a_type(part))
-        if problem["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(problem["loc"][:-1]))
-            lines.append(f"{file}: unknown key `{key}`. Known here: {known}.")
-        elif problem["type"] == "missing":
-            lines.append(f"{file}: `{key}` is missing. {_help(problem['loc'])}")
-        else:
-            given = problem["input"]
-            lines.append(
-                f"{file}: `{key}` was {shortened(given)}. {problem['msg']}. {_help(problem['loc'])}"
-            )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _names_a_type(part: int | str) -> bool:
-    return isinstance(part, str) and part.startswith(("literal[", "constrained-"))
-
-
-def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = RunSettings
-    for part in location:
-        if isinstance(part, int) or part not in model.model_fields:
-            continue
-        inner = _inner_model(model.model_fields[part].annotation)
-        if inner is not None:
-            model = inner
-    return model
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        found = _inner_model(part)
-        if found is not None:
-            return found
-    return None
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    return list(_model_at(location).model_fields)
-
-
-def _help(location: tuple[int | str, ...]) -> str:
-    names = [part for part in location if isinstance(part, str)]
-    fields = _model_at(location[: location.index(names[-1])]).model_fields if names else {}
-    field = fields.get(names[-1]) if names else None
-    return f"It means: {field.description}" if field is not None and field.description else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import InUse, put_in_use
 from tasks.evaluation import evaluate_model
+from tasks.harness import run_harness
 from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.measurements import (
     check_room_for,
@@ -359,5 +361,25 @@ def evaluate(run: Run, data: Data, arm: str, model: ArtifactRef | None) -> dict[
                     evaluation=run.inputs.evaluating,
                     arm=arm,
                 )
+        made += measured.values()
+    return measured
+
+
+def benchmark(run: Run, models: Mapping[str, ArtifactRef | None]) -> dict[str, ArtifactRef]:
+    """Tasks of lm-eval on the arms that they are asked of, by arm."""
+    asked, spec = run.settings.evaluation.harness, run.inputs.harness
+    if asked is None or spec is None:
+        return {}
+    measured = {}
+    with run.ledger.stage("harness") as made:
+        for arm in (arm for arm in models if arm in asked.arms):
+            measured[arm] = run_harness(
+                run.runtime,
+                run.inputs.base,
+                model=models[arm],
+                harness=spec,
+                batch_size=asked.batch_size,
+                arm=arm,
+            )
         made += measured.values()
     return measured

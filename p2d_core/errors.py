@@ -53,6 +53,10 @@ class TrainingError(P2DError):
     """Training cannot go on: the loss is not a number, or nothing is left to learn from."""
 
 
+class EvaluationError(P2DError):
+    """A benchmark could not be run on a model; what was finished is kept."""
+
+
 class NumericalError(P2DError):
     """What a model or a scorer gave is not a number."""
 

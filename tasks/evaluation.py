@@ -7,7 +7,8 @@ import json
 import pyarrow.parquet as pq
 
 from p2d_core.adaptation.adaptations import adapted
-from p2d_core.evaluation.evaluate import EvaluationSpec, evaluate
+from p2d_core.evaluation import EvaluationSpec
+from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.models import load_model
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of

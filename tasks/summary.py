@@ -89,7 +89,31 @@ class QualitySummary(BaseModel):
     """Same metric on the retention samples, by arm."""
     losses: dict[str, float] = {}
     """Mean response-token loss on the evaluation samples, by arm."""
+    also: dict[str, dict[str, float]] = {}
+    """Further metrics on the evaluation samples: metric -> arm -> value."""
     samples: int = 0
+
+
+class HarnessLine(BaseModel):
+    """A metric of a task of lm-eval, by arm."""
+
+    task: str
+    metric: str
+    """With the task's filter behind a slash, where it has several."""
+    higher_is_better: bool | None = None
+    """None: the task does not say."""
+    samples: int
+    value: dict[str, float | None]
+    """None: it was no finite number."""
+    stderr: dict[str, float | None]
+    """None: there is no estimate of it."""
+
+    def text(self, arm: str) -> str:
+        """Such as 0.812 ± 0.021, the standard error behind the sign."""
+        value, stderr = self.value.get(arm), self.stderr.get(arm)
+        if value is None:
+            return "no number" if arm in self.value else ""
+        return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
 
 
 class AERSummary(BaseModel):
@@ -136,6 +160,8 @@ class Summary(BaseModel):
     rejected: list[RejectedSummary] = []
     trainable: TrainableSummary
     quality: QualitySummary
+    harness: list[HarnessLine] = []
+    """Tasks of lm-eval, where evaluation.harness asks for some."""
     aer: AERSummary
     stages: list[StageLine]
     reused: list[str]

@@ -69,15 +69,17 @@ def show(made: ArtifactRef, console: Console) -> None:
 
     from p2d_core.comparison.arms import read
     from p2d_core.comparison.picture import PICTURE
-    from p2d_core.comparison.verdict import answers, arm_lines
+    from p2d_core.comparison.verdict import answers, arm_lines, further_metrics
 
     runs, metric, higher_is_better = read(made.path)
     lines = arm_lines(runs, higher_is_better)
+    more = further_metrics(lines, metric)
     console.rule(Text(str(made.manifest.facts["name"])), align="left")
     columns = ["arm", f">{metric}", ">over random data", ">AER", "note"]
     has_retention = any(line.retention for line in lines)
     if has_retention:
         columns.insert(2, ">retention")
+    columns[-1:-1] = [f">{name}" for name in more]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in columns:
         table.add_column(title.lstrip(">"), justify="right" if title[0] == ">" else "left")
@@ -91,6 +93,7 @@ def show(made: ArtifactRef, console: Console) -> None:
             *([_mean(line.retention)] if has_retention else []),
             _gain(line.over_random),
             f"{line.aer:.2f}" if line.aer is not None else "",
+            *(f"{line.metrics[name]:.3f}" if name in line.metrics else "" for name in more),
             ", ".join(notes),
         )
     console.print(table)

@@ -31,6 +31,13 @@ EXAMPLES = {
     ],
     "evaluation.source": ["#   path: path/to/test.jsonl"],
     "evaluation.retention": ["#   path: path/to/old_skills.jsonl"],
+    "evaluation.harness": [
+        "#   tasks: [my_task]",
+        "#   include_path: path/to/task_files",
+        "#   limit: 200",
+        "#   num_fewshot: 0",
+        "#   arms: [base, p2d]",
+    ],
 }
 BESIDE = 34
 PLAIN = ("> 0", ">= 0", ">= 1")

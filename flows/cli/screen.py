@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.progress import duration
+from tasks.report.further import further
 from tasks.summary import RejectedSummary, SelectionSummary, Summary
 from tasks.verdict import ARM_NAMES, TERM_NAMES, percent, times, trained_on, verdict
 
@@ -133,6 +134,11 @@ def _quality(summary: Summary, console: Console) -> None:
     _section(console, f"Quality ({better} is better{retained})", table)
     for sentence, style in verdict(quality):
         _say(console, sentence, style=style)
+    for one in further(summary):
+        table = _table(one.title, *(f">{name}" for name in one.columns))
+        for row in one.rows:
+            table.add_row(*map(Text, row))
+        console.print(Padding(table, (1, 0, 0, 2)))
 
 
 def _aer(summary: Summary, console: Console) -> None:

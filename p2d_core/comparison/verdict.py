@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
 from p2d_core.comparison.statistics import Interval, mean_interval, paired_difference
@@ -30,6 +30,8 @@ class ArmLine:
     """Against the arm with the best mean quality."""
     on_front: bool
     """No other arm is as good for less, or better for as much."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Mean of every metric that was measured on the target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,16 @@ def arm_lines(runs: Sequence[ArmRun], higher_is_better: bool) -> list[ArmLine]:
                     and (known[other], -(aers[other] or 0)) != (known[arm], -(aers[arm] or 0))
                     for other in known
                 ),
+                metrics=_means([run.metrics for run in each if not run.failed]),
             )
         )
     return sorted(lines, key=lambda line: -known.get(line.arm, float("-inf")))
+
+
+def further_metrics(lines: Sequence[ArmLine], metric: str) -> list[str]:
+    """Names of those that were measured beside the comparison's own and the loss."""
+    names = dict.fromkeys(name for line in lines for name in line.metrics)
+    return [name for name in names if name not in (metric, "loss")]
 
 
 def answers(runs: Sequence[ArmRun], higher_is_better: bool) -> list[Answer]:
@@ -155,3 +164,12 @@ def _gain(
     return (
         paired_difference(first, second) if higher_is_better else paired_difference(second, first)
     )
+
+
+def _means(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in measured for name in each)
+    return {
+        name: float(mean)
+        for name in names
+        if (mean := _mean([each.get(name) for each in measured])) is not None
+    }

@@ -1,7 +1,7 @@
 """Samples as token ids, and token ids as padded batches of about equal cost."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -159,7 +159,7 @@ class TokenBudget:
 
 
 def each_batch(
-    encoded: Sequence[EncodedSample], budget: TokenBudget, work: Callable[[list[int]], _T]
+    encoded: Sequence[Sized], budget: TokenBudget, work: Callable[[list[int]], _T]
 ) -> Iterator[tuple[list[int], _T]]:
     """What ``work`` makes of each batch, given and yielded as indices of samples.
 
@@ -191,12 +191,12 @@ def each_batch(
             waiting += [indices[half:], indices[:half]]
 
 
-def _padded(encoded: Sequence[EncodedSample], indices: Sequence[int]) -> int:
+def _padded(encoded: Sequence[Sized], indices: Sequence[int]) -> int:
     return len(indices) * max(len(encoded[index]) for index in indices)
 
 
 def batches_by_tokens(
-    encoded: Sequence[EncodedSample],
+    encoded: Sequence[Sized],
     token_budget: int | TokenBudget = 8192,
     window: int = 2048,
 ) -> Iterator[list[int]]:

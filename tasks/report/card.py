@@ -14,7 +14,7 @@ from p2d_core.export.exporting import Exported
 from p2d_core.export.rounding import Shift
 from p2d_core.samples.source import HUB_PREFIX
 from p2d_core.store import ArtifactRef
-from tasks.report.markdown import code, escaped, table
+from tasks.report.markdown import code, escaped, further_tables, table
 from tasks.report.page import Page
 from tasks.summary import Summary
 from tasks.verdict import ARM_NAMES, verdict
@@ -212,7 +212,7 @@ def _of_run(card: Card, summary: Summary) -> list[str]:
         name, *others = (escaped(cell) for cell in cells)
         loss = f"{quality.losses[arm]:.3f}" if arm in quality.losses else ""
         rows.append([f"**{name}**" if arm == card.arm else name, *others, loss])
-    lines += ["## Quality", *table(columns, rows, gap="")]
+    lines += ["## Quality", *table(columns, rows, gap=""), *further_tables(summary, gap="")]
     lines += [f"- {escaped(sentence)}" for sentence, _ in verdict(quality)]
     aer = summary.aer
     return [

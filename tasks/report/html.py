@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from tasks.report.further import further
 from tasks.report.page import Page
 from tasks.verdict import TERM_NAMES, times, verdict
 
@@ -28,6 +29,7 @@ def as_html(page: Page) -> str:
         summary=summary,
         aer=summary.aer,
         verdict=verdict(summary.quality),
+        further=further(summary),
         terms=TERM_NAMES,
         times=times,
         alt=PICTURES,

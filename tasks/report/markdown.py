@@ -6,7 +6,9 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from tasks.report.page import Chosen, Page, one_line
+from tasks.report.further import further
+from tasks.report.page import LONGEST_NAME, Chosen, Page, one_line
+from tasks.summary import Summary
 from tasks.verdict import TERM_NAMES, times, verdict
 
 LONGEST_NOTE = 8000
@@ -57,6 +59,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], gap: str = GAP)
     ]
 
 
+def further_tables(summary: Summary, gap: str = GAP) -> list[str]:
+    """Further metrics and lm-eval's tasks, where a run has them."""
+    lines: list[str] = []
+    for one in further(summary):
+        columns = [one.title, *(f">{escaped(name)}" for name in one.columns)]
+        rows = ([escaped(one_line(cell, LONGEST_NAME)) for cell in row] for row in one.rows)
+        lines += table(columns, rows, gap)
+    return lines
+
+
 def _note(page: Page, links: Iterable[tuple[str, str]], picture: str, length: int) -> str:
     summary = page.summary
     quality, aer, selection = summary.quality, summary.aer, summary.selection
@@ -70,6 +82,7 @@ def _note(page: Page, links: Iterable[tuple[str, str]], picture: str, length: in
     columns = ["", "trained", f">{escaped(page.metric)} ({better} is better)", ">retention"]
     lines += table(columns, ([escaped(cell) for cell in arm[1:]] for arm in page.arms))
     lines += [f"- {escaped(sentence)}" for sentence, _ in verdict(quality)]
+    lines += further_tables(summary)
     lines += ["", "**Head map**: " + escaped(page.heads_text)]
     if page.head_map:
         lines += ["", "```", *page.head_map.splitlines(), "```"]

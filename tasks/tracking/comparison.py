@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from p2d_core.comparison.arms import BASE, ArmRun, read
 from p2d_core.comparison.picture import PICTURE
 from p2d_core.comparison.statistics import Interval
-from p2d_core.comparison.verdict import ArmLine, answers, arm_lines
+from p2d_core.comparison.verdict import ArmLine, answers, arm_lines, further_metrics
 from p2d_core.store import ArtifactRef
 from tasks.report.markdown import LONGEST_NOTE, escaped, table
 from tasks.report.page import user
@@ -75,6 +75,9 @@ def as_note(
 ) -> str:
     """The verdict, the chart and the arms, as markdown."""
     better = "higher" if higher_is_better else "lower"
+    more = further_metrics(lines, metric)
+    columns = ["arm", f">{escaped(metric)} ({better} is better)", ">over random", ">AER"]
+    columns += [*(f">{escaped(name)}" for name in more), ""]
     said = [
         f"- {escaped(one.question)} **{escaped(one.words)}**"
         for one in answers(runs, higher_is_better)
@@ -85,6 +88,7 @@ def as_note(
             _mean(line.quality),
             _mean(line.over_random, "+.3f"),
             f"{line.aer:.2f}" if line.aer is not None else "",
+            *(f"{line.metrics[name]:.3f}" if name in line.metrics else "" for name in more),
             f"{line.failed} of {line.runs} failed" if line.failed else "",
         ]
         for line in lines
@@ -96,10 +100,7 @@ def as_note(
             *(said or ["- No two arms answer a question."]),
             "",
             f"![AER against quality]({picture})",
-            *table(
-                ["arm", f">{escaped(metric)} ({better} is better)", ">over random", ">AER", ""],
-                rows,
-            ),
+            *table(columns, rows),
         ]
     )
 
@@ -134,6 +135,7 @@ def _write_arm(
         "runs": line.runs,
         "failed": line.failed,
     }
+    numbers |= {f"quality/{name}": value for name, value in line.metrics.items()}
     made = client.create_run(experiment_id, run_name=title, tags=dict(common) | described)
     metrics = run.as_metrics(numbers, {})
     now = metrics[0].timestamp

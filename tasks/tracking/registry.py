@@ -131,11 +131,14 @@ def measured(quality: QualitySummary, evaluation: ArtifactRef | None) -> Measure
 def samples_hash(evaluation: ArtifactRef) -> str:
     """Hex; the same for the same samples judged in the same way, in whatever order."""
     try:
-        how = evaluation.manifest.settings
+        how = dict(evaluation.manifest.settings)
         ids = pq.read_table(evaluation.path / "samples.parquet", columns=["sample_id"])
     except (ArtifactError, OSError):
         return ""
-    text = json.dumps([dict(how), sorted(ids["sample_id"].to_pylist())], sort_keys=True)
+    if "evaluation" in how:
+        # further metrics do not change how it was judged
+        how["evaluation"] = {k: v for k, v in how["evaluation"].items() if k != "also"}
+    text = json.dumps([how, sorted(ids["sample_id"].to_pylist())], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from p2d_core.errors import ArtifactError
 from p2d_core.store import ArtifactRef
 from tasks.report.markdown import escaped
 from tasks.report.page import Page, user
-from tasks.summary import ARMS
+from tasks.summary import ARMS, Summary
 from tasks.tracking.views import GROUP, KIND
 from tasks.verdict import ARM_NAMES, gain, percent
 
@@ -195,6 +195,9 @@ def _metrics(page: Page) -> list[Metric]:
     numbers |= {f"quality/{arm}": getattr(quality, arm) for arm in ARMS}
     numbers |= {f"retention/{arm}": value for arm, value in quality.retention.items()}
     numbers |= {f"eval_loss/{arm}": value for arm, value in quality.losses.items()}
+    for name, values in quality.also.items():
+        numbers |= {f"quality/{name}/{arm}": value for arm, value in values.items()}
+    numbers |= _further(summary, "p2d")
     numbers |= {
         "aer/cold": aer.cold,
         "aer/this_run": aer.this_run,
@@ -228,7 +231,7 @@ def _arm_metrics(page: Page, arm: str, ref: ArtifactRef | None) -> list[Metric]:
         "quality": _short(getattr(quality, arm)),
         "retention": quality.retention.get(arm),
         "eval loss": quality.losses.get(arm),
-    }
+    } | _further(page.summary, arm)
     if ref is None:
         return as_metrics(numbers | ({"parameters": 0} if arm == "base" else {}), {})
     try:
@@ -238,6 +241,18 @@ def _arm_metrics(page: Page, arm: str, ref: ArtifactRef | None) -> list[Metric]:
     numbers["parameters"] = manifest.facts.get("trainable", page.summary.trainable.parameters)
     numbers["training seconds"] = manifest.cost.get("wall_seconds")
     return as_metrics(numbers, {"training {}": page.curves.get(ARM_REFS[arm], [])})
+
+
+def _further(summary: Summary, arm: str) -> dict[str, float | None]:
+    """An arm's own further metrics and results of lm-eval: the same names in every run."""
+    numbers = {
+        f"quality/{name}": values.get(arm) for name, values in summary.quality.also.items()
+    }  # fmt: skip
+    for line in summary.harness:
+        name = "/".join(_safe(part) for part in (line.task, *line.metric.split("/")))
+        numbers |= {f"harness/{name}": line.value.get(arm)}
+        numbers |= {f"harness/{name}_stderr": line.stderr.get(arm)}
+    return numbers
 
 
 def as_metrics(numbers: Mapping[str, float | None], curves: Curves) -> list[Metric]:

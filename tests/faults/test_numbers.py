@@ -22,7 +22,8 @@ from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
 from p2d_core.affinity.protocol import Step
 from p2d_core.affinity.scoring import score_corpus
 from p2d_core.errors import HeadMapError, ModelError, NumericalError, P2DError, TrainingError
-from p2d_core.evaluation.evaluate import EvaluationSpec, evaluate
+from p2d_core.evaluation import EvaluationSpec
+from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample, sample_id_of, to_table

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,31 @@ def test_an_answer_pattern_that_a_reference_does_not_match(case, capsys, monkeyp
     case.values["evaluation"] |= {"metric": "exact_match", "answer_pattern": "#### (.*)"}
     message = refusal(case, capsys, monkeypatch)
     assert "row 1 of source 'test': its response has no match" in message
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"metric": "bleu"}, "there is no metric 'bleu'. Known: accuracy, exact_match, loss,"),
+        ({"also": ["accuracy"]}, "the metric accuracy needs evaluation.choices"),
+        (
+            {"metric": "accuracy", "choices": "options"},
+            "row 1 of source 'test': there is no column 'options'",
+        ),
+        ({"harness": {"tasks": []}}, "`evaluation.harness.tasks` was []"),
+        ({"harness": {"tasks": ["any"], "include_path": "none"}}, "none is no folder"),
+        ({"harness": {"tasks": ["no_such_task"]}}, "there is no task 'no_such_task' in lm-eval"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_done(case, capsys, monkeypatch, evaluation, message):
+    case.values["evaluation"] |= evaluation
+    assert message in refusal(case, capsys, monkeypatch)
+
+
+def test_lm_eval_is_asked_for_but_not_installed(case, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    case.values["evaluation"]["harness"] = {"tasks": ["arc_easy"]}
+    assert "pip install 'p2d[eval]'" in refusal(case, capsys, monkeypatch)
 
 
 def test_a_base_whose_heads_cannot_be_found(case, capsys, monkeypatch):

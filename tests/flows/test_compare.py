@@ -33,7 +33,8 @@ GRID = {
 def compared(tmp_path_factory):
     job = Job(tmp_path_factory.mktemp("compare"))
     file = job.folder / "compare.yaml"
-    file.write_text(yaml.safe_dump(job.values | {"compare": GRID}))
+    evaluation = job.values["evaluation"] | {"also": ["perplexity"]}
+    file.write_text(yaml.safe_dump(job.values | {"compare": GRID, "evaluation": evaluation}))
     made = run_compare(load_settings(file), store=job.store)
     return job, file, made
 
@@ -68,10 +69,12 @@ def test_the_arms_are_siblings_in_mlflow_and_the_verdict_is_a_note(compared):
         failed = "diverging" in label
         assert by_name[label].info.status == ("FAILED" if failed else "FINISHED")
         assert ("quality" in by_name[label].data.metrics) != failed
+        assert ("quality/perplexity" in by_name[label].data.metrics) != failed
     (verdict,) = [run for run in runs if run.data.tags["p2d.kind"] == "comparison"]
     note = verdict.data.tags["mlflow.note.content"]
     assert "Does head-activation choose better data than random?" in note
     assert "2 of 2 failed" in note
+    assert " perplexity" in note
     assert "comparison.png" in {file.path for file in client.list_artifacts(verdict.info.run_id)}
 
 
@@ -136,6 +139,7 @@ def test_the_screen_shows_arms_verdict_and_picture(compared, capsys):
     assert "2 of 2 failed" in shown
     assert "Does head-activation choose better data than random?" in shown
     assert PICTURE in shown
+    assert " perplexity " in shown
 
 
 def test_an_unknown_scorer_in_the_grid_is_refused_before_anything_starts(tmp_path, compared):

@@ -10,15 +10,15 @@ from flows.settings import RunSettings, load_settings, parse_settings
 from p2d_core.errors import SettingsError
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 
-REQUIRED = {"base", "target", "path", "name"}
+REQUIRED = {"base", "target", "path", "name", "tasks"}
 
 
 def models(model: type[BaseModel]) -> list[type[BaseModel]]:
-    from flows.settings import _inner_model
+    from flows.settings_errors import inner_model
 
     found = [model]
     for field in model.model_fields.values():
-        inner = _inner_model(field.annotation)
+        inner = inner_model(field.annotation)
         if inner is not None:
             found += models(inner)
     return found
@@ -82,6 +82,10 @@ CHANGES = [
     ("evaluation", {"metric": "exact_match"}),
     ("evaluation", {"answer_pattern": "#### (.*)"}),
     ("evaluation", {"max_new_tokens": 5}),
+    ("evaluation", {"also": ["perplexity"]}),
+    ("evaluation", {"choices": "options"}),
+    ("evaluation", {"answer": "label"}),
+    ("evaluation", {"normalise": "bytes"}),
     ("proxy", {"samples": 40}),
     ("proxy", {"held_out": 40}),
     ("proxy", {"epochs": 9}),

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of, evaluate
+from p2d_core.evaluation import EvaluationSpec
+from p2d_core.evaluation.evaluate import evaluate
+from p2d_core.evaluation.exact_match import answer_of
 from p2d_core.models import load_model, load_tokenizer
 from p2d_core.samples.read import SourceSpec, read_samples
 from p2d_core.samples.schema import Sample, sample_id_of

@@ -1,0 +1,64 @@
+"""What is wrong with settings, in words: the key, what was given, what it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from flows.plain_yaml import shortened
+
+
+def explain(error: ValidationError, file: Path, root: type[BaseModel]) -> str:
+    """Every problem in a line: the key, what was given, what would do.
+
+    Args:
+        root: the model of the whole file.
+    """
+    lines = []
+    for problem in error.errors():
+        # where several types would do, pydantic names each of them as one more part
+        key = ".".join(str(part) for part in problem["loc"] if not _names_a_type(part))
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(model_at(problem["loc"][:-1], root).model_fields)
+            lines.append(f"{file}: unknown key `{key}`. Known here: {known}.")
+        elif problem["type"] == "missing":
+            lines.append(f"{file}: `{key}` is missing. {_help(problem['loc'], root)}")
+        else:
+            given, meaning = shortened(problem["input"]), _help(problem["loc"], root)
+            lines.append(f"{file}: `{key}` was {given}. {problem['msg']}. {meaning}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _names_a_type(part: int | str) -> bool:
+    return isinstance(part, str) and part.startswith(("literal[", "constrained-"))
+
+
+def model_at(location: tuple[int | str, ...], model: type[BaseModel]) -> type[BaseModel]:
+    """The model of the section that a key stands in."""
+    for part in location:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        inner = inner_model(model.model_fields[part].annotation)
+        if inner is not None:
+            model = inner
+    return model
+
+
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation, of a section that may be left out too; None: a value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = inner_model(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _help(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    names = [part for part in location if isinstance(part, str)]
+    fields = model_at(location[: location.index(names[-1])], root).model_fields if names else {}
+    field = fields.get(names[-1]) if names else None
+    return f"It means: {field.description}" if field is not None and field.description else ""

@@ -1,0 +1,63 @@
+"""Answers that a model generates: greedy, in batches of like length, up to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from p2d_core.progress import Progress, no_progress
+from p2d_core.samples.tokens import EncodedSample, Encoder, TokenBudget, collate, each_batch
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    device: torch.device,
+    budget: TokenBudget,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """What the model writes after each prompt, without special tokens.
+
+    The likeliest token is taken each time, so that answers repeat; prompts of a batch are padded on
+    the left, which their positions leave out, so that an answer does not depend on the batch.
+
+    Args:
+        prompts: token ids; one that would not leave room for the answer within the model's
+            positions loses its beginning.
+        max_new_tokens: of an answer.
+        budget: of a batch, prompts and answers together, whose keys and values are all kept.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    kept = max(1, limit - max_new_tokens) if isinstance(limit, int) else max(map(len, prompts))
+    rows = [EncodedSample("", list(ids[-kept:]), len(ids[-kept:])) for ids in prompts]
+    answers = [""] * len(rows)
+    done = 0
+
+    def answered(positions: list[int]) -> list[str]:
+        batch = collate([rows[i] for i in positions], encoder.pad_id, side="left")
+        output = model.generate(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=encoder.pad_id,
+            eos_token_id=encoder.end_id,
+        )
+        new = output[:, batch["input_ids"].shape[1] :]
+        return list(encoder.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    for positions, texts in each_batch(
+        [range(len(row) + max_new_tokens) for row in rows], budget, answered
+    ):
+        for position, text in zip(positions, texts, strict=True):
+            answers[position] = text
+        done += len(positions)
+        progress(done, len(rows))
+    return answers
