@@ -163,6 +163,8 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
         threads=settings.threads,
         tokens_per_batch=settings.scoring.tokens_per_batch,
         checkpoint_seconds=settings.training.checkpoint_seconds,
+        gradient_checkpointing=settings.training.gradient_checkpointing,
+        parallel=settings.training.parallel,
         skip_bad_rows=settings.skip_bad_rows,
     )
 

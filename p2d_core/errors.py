@@ -53,6 +53,10 @@ class TrainingError(P2DError):
     """Training cannot go on: the loss is not a number, or nothing is left to learn from."""
 
 
+class ProcessError(P2DError):
+    """Of the processes that work on a stage together another one failed."""
+
+
 class NumericalError(P2DError):
     """What a model or a scorer gave is not a number."""
 

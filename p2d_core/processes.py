@@ -7,9 +7,12 @@ piece of work.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,14 +20,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-OF_THE_LAUNCHER = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-)
+OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+SECONDS_BETWEEN_LOOKS = 0.05
 LONG = timedelta(days=7)
 """Until a process that says nothing counts as gone: its launcher ends the others long before."""
 
@@ -61,18 +58,13 @@ class Processes:
 
     def heard(self, key: str, seconds: float | None = None) -> Any:
         """What was told under a key, waited for; None if it is not within ``seconds``."""
-        import torch.distributed as dist
-
-        while True:
-            wait = timedelta(seconds=60 if seconds is None else seconds)
-            try:
-                self.store.wait([f"{self.work}/{key}"], wait)
-                return json.loads(self.store.get(f"{self.work}/{key}"))
-            except dist.DistNetworkError:
-                raise  # the launcher is gone
-            except dist.DistStoreError:
-                if seconds is not None:
-                    return None
+        # asked again and again: the store's own wait writes a warning whenever it was in vain
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        while not self.store.check([f"{self.work}/{key}"]):
+            if time.monotonic() > end:
+                return None
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return json.loads(self.store.get(f"{self.work}/{key}"))
 
     def as_the_first_says(self, key: str, value: T) -> T:
         """The first process' value, in all of them."""
@@ -120,6 +112,7 @@ class Processes:
 
 ALONE = Processes()
 _here = ALONE
+_numbers = itertools.count()
 
 
 def here() -> Processes:
@@ -139,6 +132,8 @@ def join() -> Processes:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+    # as torch is loaded here already; see flows.environment
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=LONG))
@@ -147,3 +142,31 @@ def join() -> Processes:
         if name in OF_THE_LAUNCHER or name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")):
             del os.environ[name]
     return _here
+
+
+def ask(job: Mapping[str, Any]) -> Processes:
+    """Asks all other processes for a piece of work; gives the processes that are at it."""
+    number = next(_numbers)
+    _here.tell(f"job {number}", job)
+    return replace(_here, work=f"work {number}")
+
+
+def asked() -> Iterator[tuple[Processes, dict[str, Any]]]:
+    """What the first process asks the others for, until it dismisses them."""
+    while job := _here.heard(f"job {(number := next(_numbers))}"):
+        yield replace(_here, work=f"work {number}"), job
+
+
+def dismiss() -> None:
+    """The other processes, if there are any, have nothing more to do and end."""
+    if _here.size > 1 and _here.first:
+        ask({})
+
+
+def is_of_a_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the group is gone."""
+    import torch.distributed as dist
+
+    # gloo's have no type of their own, but name its source
+    of_gloo = type(error) is RuntimeError and "gloo/" in str(error)
+    return of_gloo or isinstance(error, dist.DistError)
