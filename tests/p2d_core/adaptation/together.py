@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,12 +41,32 @@ class Case:
 
 CASES = {
     f"{adaptation}, {parallel}": Case(adaptation, parallel)
-    for adaptation in ("heads", "attention", "full", "lora")
-    for parallel in ("ddp", "fsdp")
+    for adaptation, parallel in [
+        ("heads", "ddp"),
+        ("heads", "fsdp"),
+        ("full", "ddp"),
+        ("full", "fsdp"),
+        ("attention", "ddp"),
+        ("lora", "ddp"),
+        ("lora", "fsdp"),
+    ]
 } | {
-    f"heads in bfloat16, checkpointed, {parallel}": Case("heads", parallel, "bfloat16", True)
-    for parallel in ("ddp", "fsdp")
+    f"heads in {precision}, checkpointed, fsdp": Case("heads", "fsdp", precision, True)
+    for precision in ("float32", "bfloat16")
 }
+STOPPED = ("heads, ddp", "full, fsdp")
+"""Cases that are also stopped in the middle and gone on with."""
+AT_STEP = 5
+
+
+class Stop(Exception):
+    """Instead of a kill, which a test of the whole command does."""
+
+
+def stop(done: int, total: int) -> None:
+    """Called when the checkpoint of the step before is there."""
+    if done > AT_STEP:
+        raise Stop
 
 
 def encoded(n: int = 10) -> list[EncodedSample]:
@@ -70,7 +91,6 @@ def trained(
     scratch: Path,
     processes: Processes = ALONE,
     *,
-    epochs: float = SPEC.epochs,
     keep: Path | None = None,
     checkpoint_seconds: float = 60,
     progress: Callable[[int, int], None] | None = None,
@@ -84,7 +104,7 @@ def trained(
     result = train(
         attached.model,
         encoded(),
-        replace(SPEC, epochs=epochs),
+        SPEC,
         pad_id=0,
         scratch=scratch,
         checkpoint_seconds=checkpoint_seconds,
@@ -114,17 +134,20 @@ def main(folder: Path) -> None:
         if processes.first:
             save_file(moved, folder / name / "moved.safetensors")
             (folder / name / "curve.json").write_text(json.dumps(result.curve))
-    slowly = replace(processes, work="slowly")
-    with slowly.group():
-        (folder / f"pid {processes.rank}").write_text(str(__import__("os").getpid()))
-        trained(
-            CASES["heads, ddp"],
-            folder / "killed",
-            slowly,
-            epochs=20,
-            checkpoint_seconds=0.05,
-            progress=lambda done, total: time.sleep(0.05),
-        )
+    for name in STOPPED:
+        case, at = CASES[name], folder / f"{name} stopped"
+        of_case = replace(processes.sharding(case.parallel), work=f"{name} stopped")
+        with of_case.group(), suppress(Stop):
+            trained(case, at, of_case, checkpoint_seconds=0, progress=stop)
+        if processes.first:
+            shutil.copytree(at, folder / f"{name} for one")
+        seen: list[int] = []
+        again = replace(of_case, work=f"{name} again")
+        with again.group():
+            moved, _ = trained(case, at, again, progress=lambda done, _, s=seen: s.append(done))
+        if processes.first:
+            save_file(moved, folder / name / "again.safetensors")
+            (folder / name / "again.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
