@@ -16,6 +16,7 @@ from p2d_core.evaluation.evaluate import EvaluationSpec, answer_of
 from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
+    check_gradient_checkpointing,
     check_loads,
     check_model_folder,
     layers_of,
@@ -76,6 +77,8 @@ def check_inputs(
     """
     check_model_folder(Path(settings.base))
     pick_device(settings.device)
+    if settings.training.gradient_checkpointing:
+        check_gradient_checkpointing(Path(settings.base))
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)
     scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings))
     options = dict(settings.training.options)
