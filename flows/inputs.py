@@ -19,6 +19,7 @@ from p2d_core.evaluation.harness import HarnessSpec, checked_tasks
 from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import (
+    check_gradient_checkpointing,
     check_loads,
     check_model_folder,
     layers_of,
@@ -81,6 +82,8 @@ def check_inputs(
     folder, hub = (Path(like.base.folder), like.base.hub) if like else base_folder(settings.base)
     check_model_folder(folder)
     pick_device(settings.device)
+    if settings.training.gradient_checkpointing:
+        check_gradient_checkpointing(Path(settings.base))
     ranker = rankers.make(settings.heads.ranker, settings.heads.options)
     scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings))
     options = dict(settings.training.options)
@@ -191,6 +194,8 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
         threads=settings.threads,
         tokens_per_batch=settings.scoring.tokens_per_batch,
         checkpoint_seconds=settings.training.checkpoint_seconds,
+        gradient_checkpointing=settings.training.gradient_checkpointing,
+        parallel=settings.training.parallel,
         skip_bad_rows=settings.skip_bad_rows,
     )
 

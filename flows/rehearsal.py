@@ -284,6 +284,7 @@ class Rehearsal:
                 n_corpus=self.data.corpus,
                 steps=steps,
                 mixed_precision=self._mixed,
+                gradient_checkpointing=self.runtime.gradient_checkpointing,
                 progress=tell,
             )
 
@@ -396,6 +397,7 @@ class Rehearsal:
                     scratch=self.folder / "training",
                     checkpoint_seconds=float("inf"),
                     mixed_precision=self._mixed,
+                    gradient_checkpointing=self.runtime.gradient_checkpointing,
                     progress=tell,
                 ),
                 encoded,

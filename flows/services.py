@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from p2d_core.errors import P2DError, ServiceError
+from p2d_core.processes import dismiss
 
 GO_ON = "What was finished is kept: the same command goes on from there."
 NOT_REACHED = ("reach api", "connect to ephemeral", "ephemeral server", "cannot connect")
@@ -43,6 +44,7 @@ def service_error(error: BaseException) -> ServiceError | None:
 def leave(code: int) -> NoReturn:
     """Ends the process; at once where Prefect would try for minutes to tell a server that is gone
     of every step."""
+    dismiss()
     if _gone:
         _end_own_server()
         sys.stdout.flush()

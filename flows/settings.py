@@ -223,6 +223,10 @@ class TrainingSettings(_Settings):
     """Share of the steps in which the learning rate rises; it falls as a cosine after that."""
     checkpoint_seconds: Positive = 60
     """Seconds between checkpoints; cannot change a result."""
+    gradient_checkpointing: bool = False
+    """Run layers twice in place of keeping what they compute: less memory, the same result."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """What each of several processes has of the model: all of it, or its share; by the launcher."""
 
 
 class ArmsSettings(_Settings):

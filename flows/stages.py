@@ -43,6 +43,7 @@ from tasks.samples import (
 from tasks.scores import score
 from tasks.stage import Plugin, Runtime, ShardRef, SourceInput
 from tasks.subset import draw_subset
+from tasks.together import spread_out, together
 
 NO_HEADS: tuple[tuple[int, int], ...] = ()
 FULL = Plugin.of("full", Full())
@@ -229,18 +230,21 @@ def measure_corpus(
     check_room_for(runtime, shards, passing, measured_with)
     if not runs_model:
         return measure_together(runtime, shards, passing, measured_with)
-    futures = measure.map(
-        unmapped(runtime),
-        shard=shards,
-        passing=passing,
-        **{name: unmapped(value) for name, value in measured_with.items()},
-    )
-    made = []
+    each = [{"shard": s, "passing": p} for s, p in zip(shards, passing, strict=True)]
+    rounds = spread_out("measurements", {"runtime": runtime, **measured_with}, each)
+    made: dict[int, ArtifactRef] = {}
     with progress_of("measurements (shards)") as progress:
-        for future in futures:
-            made.append(future.result())
-            progress(len(made), len(shards))
-    return made
+        for places in filter(None, rounds):
+            futures = measure.map(
+                unmapped(runtime),
+                shard=[shards[place] for place in places],
+                passing=[passing[place] for place in places],
+                **{name: unmapped(value) for name, value in measured_with.items()},
+            )
+            for place, future in zip(places, futures, strict=True):
+                made[place] = future.result()
+                progress(len(made), len(shards))
+    return [made[place] for place in range(len(shards))]
 
 
 def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
@@ -341,10 +345,21 @@ def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
             data.corpus,
             training=run.inputs.full_training,
             steps=run.settings.arms.calibration_steps,
-            machine=f"{machine_name()}, {run.runtime.device}, {run.runtime.threads} threads",
+            machine=_machine(run.runtime),
         )
         made.append(calibrated)
     return reference_in(calibrated)
+
+
+def _machine(runtime: Runtime) -> str:
+    """What decides how long a step takes, in words."""
+    words = [machine_name(), runtime.device, f"{runtime.threads} threads"]
+    if runtime.gradient_checkpointing:
+        words.append("gradient checkpointing")
+    if (processes := together(runtime.parallel)).size > 1:
+        words.append(f"{processes.size} processes")
+        words += ["fsdp"] if processes.shards_model else []
+    return ", ".join(words)
 
 
 def evaluate(run: Run, data: Data, arm: str, model: ArtifactRef | None) -> dict[str, ArtifactRef]:

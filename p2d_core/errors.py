@@ -57,6 +57,10 @@ class EvaluationError(P2DError):
     """A benchmark could not be run on a model; what was finished is kept."""
 
 
+class ProcessError(P2DError):
+    """Of the processes that work on a stage together another one failed."""
+
+
 class NumericalError(P2DError):
     """What a model or a scorer gave is not a number."""
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from p2d_core.samples.tokens import IGNORED_LABEL, needed_mask
 
 
-def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_losses(model: Any, batch: dict[str, Tensor], run: Any = None) -> tuple[Tensor, Tensor]:
     """Cross-entropy (nats) of each response token, and where there is one.
 
     Logits are made only where the loss needs them: with a large vocabulary they outweigh the rest
@@ -19,6 +19,7 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
     Args:
         batch: as `collate` makes it, on the model's device.
+        run: what runs the model where it is not called itself (DDP).
 
     Returns:
         Losses in float32, 0 where no response token stands, and a mask; ``[batch, positions]``.
@@ -32,7 +33,9 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
         mask = needed_mask(batch["attention_mask"])
-        output = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+        output = (model if run is None else run)(
+            input_ids=batch["input_ids"], attention_mask=mask, use_cache=False
+        )
     finally:
         hook.remove()
     losses = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)

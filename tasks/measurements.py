@@ -27,6 +27,7 @@ from tasks.proxy import slices_in
 from tasks.room import of_measurements
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, is_transient, stage
+from tasks.together import shared
 
 NO_TARGET = Target((), ())
 
@@ -88,6 +89,9 @@ def measure(
     pq.write_table(measured, making.folder / MEASURED, compression="zstd")
     making.samples = len(samples)
     making.tokens = sum(measured["n_tokens"].to_pylist())
+
+
+shared("measurements", measure.fn)
 
 
 def check_room_for(

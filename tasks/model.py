@@ -22,11 +22,12 @@ from tasks.progress import progress_of
 from tasks.room import of_model
 from tasks.samples import all_samples
 from tasks.stage import BaseModel, Plugin, Runtime, stage
+from tasks.together import together
 
 REFERENCE = "reference.json"
 
 
-@stage("model", version="2", outside_key=("heads", "arm"), room=of_model)
+@stage("model", version="2", outside_key=("heads", "arm"), room=of_model, together=True)
 def fine_tune(
     making: Making,
     runtime: Runtime,
@@ -55,6 +56,7 @@ def fine_tune(
     attached = plugin.attach(model, layers, head_map, base.folder)
     trainable = n_trainable(attached.model)
     encoded = captured.encode(samples_in(samples))
+    processes = together(runtime.parallel)
     with progress_of(f"model ({arm})") as progress:
         result = train(
             attached.model,
@@ -64,8 +66,12 @@ def fine_tune(
             scratch=making.scratch,
             checkpoint_seconds=runtime.checkpoint_seconds,
             mixed_precision=base.precision == "bfloat16",
+            gradient_checkpointing=runtime.gradient_checkpointing,
             progress=progress,
+            processes=processes,
         )
+    if not processes.first:
+        return
     making.seconds_before = result.seconds_before
     attached.keep(making.folder)
     write_curve(result.curve, making.folder)
@@ -79,7 +85,7 @@ def fine_tune(
     }
 
 
-@stage("reference")
+@stage("reference", together=True)
 def calibrate(
     making: Making,
     runtime: Runtime,
@@ -99,6 +105,7 @@ def calibrate(
     # the smallest ids are a draw: they are hashes
     drawn = heapq.nsmallest(wanted, all_samples(corpus), key=lambda sample: sample.sample_id)
     encoded = captured.encode(drawn)
+    processes = together(runtime.parallel)
     with progress_of("reference") as progress:
         reference = calibrate_full(
             model,
@@ -108,8 +115,12 @@ def calibrate(
             n_corpus=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]),
             steps=steps,
             mixed_precision=base.precision == "bfloat16",
+            gradient_checkpointing=runtime.gradient_checkpointing,
             progress=progress,
+            processes=processes,
         )
+    if not processes.first:
+        return
     text = json.dumps(asdict(reference), indent=2) + "\n"
     (making.folder / REFERENCE).write_text(text, encoding="utf-8")
     making.facts |= asdict(reference)

@@ -19,9 +19,10 @@ from tasks.progress import progress_of
 from tasks.room import of_attention, of_heads
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Runtime, stage
+from tasks.together import together
 
 
-@stage("proxy", version="2", room=of_attention)
+@stage("proxy", version="2", room=of_attention, together=True)
 def proxy_run(
     making: Making, runtime: Runtime, base: BaseModel, target: ArtifactRef, training: TrainingSpec
 ) -> None:
@@ -30,11 +31,11 @@ def proxy_run(
     model = load_model(captured.folder, "float32", captured.device)
     layers = attention_layers(model)
     Attention().attach(model, layers, None, base.folder)
-    _tune(making, runtime, captured, model, target, training, "proxy")
-    attention_slices(model, layers).save(making.folder / SLICES)
+    if _tune(making, runtime, captured, model, target, training, "proxy"):
+        attention_slices(model, layers).save(making.folder / SLICES)
 
 
-@stage("head_proxy", version="2", room=of_heads)
+@stage("head_proxy", version="2", room=of_heads, together=True)
 def head_proxy_run(
     making: Making,
     runtime: Runtime,
@@ -51,8 +52,8 @@ def head_proxy_run(
     deltas = attach_head_deltas(
         model, attention_layers(model), head_map.task_heads, include_kv=include_kv
     )
-    _tune(making, runtime, captured, model, target, training, "head_proxy")
-    deltas.tuned().save(making.folder / SLICES)
+    if _tune(making, runtime, captured, model, target, training, "head_proxy"):
+        deltas.tuned().save(making.folder / SLICES)
 
 
 def slices_in(ref: ArtifactRef) -> TunedSlices:
@@ -68,13 +69,15 @@ def _tune(
     target: ArtifactRef,
     training: TrainingSpec,
     name: str,
-) -> None:
+) -> bool:
+    """Whether this is the process that keeps what was tuned."""
     # seconds to import, and a run that reuses everything does without
     from p2d_core.adaptation.training import train, write_curve
 
     encoded = captured.encode(target_part(target, "proxy"))
+    processes = together(runtime.parallel)
     held_out = captured.encode(target_part(target, "held_out"))
-    before = _mean_loss(captured, model, held_out)
+    before = _mean_loss(captured, model, held_out) if processes.first else 0.0
     with progress_of(name) as progress:
         result = train(
             model,
@@ -84,8 +87,12 @@ def _tune(
             scratch=making.scratch,
             checkpoint_seconds=runtime.checkpoint_seconds,
             mixed_precision=captured.precision == "bfloat16",
+            gradient_checkpointing=runtime.gradient_checkpointing,
             progress=progress,
+            processes=processes,
         )
+    if not processes.first:
+        return False
     making.seconds_before = result.seconds_before
     after = _mean_loss(captured, model, held_out)
     result.curve[-1]["eval_loss"] = after
@@ -95,6 +102,7 @@ def _tune(
     (making.folder / "held_out.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     making.facts |= facts
     making.samples, making.tokens = len(encoded), result.tokens
+    return True
 
 
 def _mean_loss(

@@ -9,6 +9,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from p2d_core.store.room import check_room, storage_error
 from p2d_core.store.store import readable
 from tasks.progress import progress_of
 from tasks.room import SMALL
+from tasks.together import helped, shared
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class Runtime:
     threads: int = 0
     tokens_per_batch: int = 8192
     checkpoint_seconds: float = 60
+    gradient_checkpointing: bool = False
+    parallel: str | None = None
+    """ddp or fsdp, where there are several processes; None: as their launcher said."""
     skip_bad_rows: int = 0
     """A sample is one or is not, however many rows may be left out; more than this is an error."""
     only_look: bool = False
@@ -282,17 +287,21 @@ def stage(
     version: str = "1",
     outside_key: tuple[str, ...] = (),
     room: Callable[..., int] = lambda **inputs: SMALL,
+    together: bool = False,
 ) -> Callable[[Callable[..., None]], StageTask]:
     """Turns ``build(making, runtime, **inputs)`` into a Prefect task that returns an ArtifactRef.
 
     The recipe is made of all inputs but ``runtime`` and those named in ``outside_key``: artifacts
     by their key, base models, sources and shards by their content, the rest by value. ``room``
     says of the inputs about how many bytes will be written; without so much free the stage does
-    not start.
+    not start. Where a run has several processes, all of them build a stage that is made
+    ``together``; what it keeps is written by the first.
     """
 
     def wrap(build: Callable[..., None]) -> StageTask:
         signature = inspect.signature(build)
+        if together:
+            shared(name, build)
 
         def recipe_of(inputs: Mapping[str, Any]) -> Recipe:
             settings: dict[str, Any] = {}
@@ -317,7 +326,8 @@ def stage(
                 for value in bound.arguments.values():
                     if isinstance(value, BaseModel) and value.hub:
                         making.facts["base"] = value.hub
-                build(making, **bound.arguments)
+                with helped(name, making, bound.arguments) if together else nullcontext():
+                    build(making, **bound.arguments)
 
             try:
                 return store.produce(recipe_of(bound.arguments), make, run_id=runtime.run_id)

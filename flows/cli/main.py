@@ -25,6 +25,7 @@ from flows.cli import (
 )
 from flows.services import leave
 from p2d_core.errors import InputError, P2DError
+from p2d_core.processes import dismiss, join
 
 HELP = """Adapts a language model to a domain: finds the attention heads that the domain moves,
 lets them choose the training data, and trains only those heads.
@@ -77,7 +78,37 @@ def _options(
 
 
 def run() -> None:
-    """Runs a command and leaves with its exit code: 0 done, 2 wrong input, 1 failed, 130 Ctrl-C."""
+    """Runs a command and leaves with its exit code: 0 done, 2 wrong input, 1 failed, 130 Ctrl-C.
+
+    Of several processes that torchrun or accelerate launch started, the first runs it.
+    """
+    if not join().first:
+        _help_the_first()
+        return
+    try:
+        _run()
+    finally:
+        dismiss()
+
+
+def _help_the_first() -> None:
+    """Without a word: the first process says what there is to say."""
+    import os
+    import tempfile
+    import warnings
+
+    from flows.environment import set_environment
+
+    with tempfile.TemporaryDirectory(prefix="p2d-") as nowhere, open(os.devnull, "w") as nothing:
+        sys.stdout = nothing
+        set_environment(Path(nowhere))
+        warnings.simplefilter("ignore")
+        from tasks.together import serve
+
+        serve()
+
+
+def _run() -> None:
     try:
         app()
     except P2DError as error:

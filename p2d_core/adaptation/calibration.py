@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from p2d_core.adaptation.spec import TrainingSpec
+from p2d_core.adaptation.spread import spread
 from p2d_core.aer import Reference
 from p2d_core.errors import TrainingError
+from p2d_core.processes import ALONE, Processes
 from p2d_core.samples.tokens import EncodedSample, collate
 
 UNTIMED_STEPS = 3
@@ -27,7 +29,9 @@ def calibrate_full(
     n_corpus: int,
     steps: int,
     mixed_precision: bool = False,
+    gradient_checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Reference:
     """Times full fine-tuning steps (forward, backward, AdamW) on batches drawn from the corpus.
 
@@ -36,6 +40,8 @@ def calibrate_full(
         n_corpus: samples in the corpus; with epochs and batch size it gives the number of steps.
         steps: how many steps are timed, after `UNTIMED_STEPS` that are not.
         mixed_precision: bfloat16 in the passes, as training has it for a base in bfloat16.
+        gradient_checkpointing: as training has it.
+        processes: all of them call this alike, in their group, and share each batch.
 
     Returns:
         Mean seconds a step times the steps; the spread is its standard error scaled likewise.
@@ -44,24 +50,31 @@ def calibrate_full(
         raise TrainingError("there are no samples to time full fine-tuning on.")
     device = next(model.parameters()).device
     model.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
     seconds = []
-    for step in range(UNTIMED_STEPS + steps):
-        start = time.perf_counter()
-        first = step * spec.batch_size
-        rows = [encoded[(first + i) % len(encoded)] for i in range(spec.batch_size)]
-        batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-            loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        if progress is not None:
-            progress(step + 1, UNTIMED_STEPS + steps)
+    with spread(model, processes) as parts:
+        parameters = [*parts.model.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.0)
+        for step in range(UNTIMED_STEPS + steps):
+            start = time.perf_counter()
+            first = step * spec.batch_size
+            rows = [encoded[(first + i) % len(encoded)] for i in range(spec.batch_size)]
+            share = processes.share(rows) or rows[:1]
+            batch = {name: tensor.to(device) for name, tensor in collate(share, pad_id).items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+                loss = parts.run(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+            if progress is not None:
+                progress(step + 1, UNTIMED_STEPS + steps)
+    if gradient_checkpointing:
+        model.activation_checkpointing_disable()
     timed = seconds[UNTIMED_STEPS:]
     total = spec.steps(n_corpus)
     error = statistics.stdev(timed) / math.sqrt(len(timed)) if len(timed) > 1 else 0.0

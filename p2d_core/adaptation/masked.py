@@ -42,6 +42,8 @@ class Sliced(nn.Module):
         self.written: int | None = self.delta._version
         """The version of ``delta`` that stands in the weight; None once a gradient came, because
         fused optimizers do not count versions."""
+        self.weight_is_gathered = False
+        """Processes hold shares of it (FSDP2): each pass, either way, begins with the base's."""
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class Sliced(nn.Module):
 
     @torch.no_grad()
     def _write(self) -> None:
-        if self.written != self.delta._version:
+        if self.weight_is_gathered or self.written != self.delta._version:
             self.weight.index_copy_(self.dim, self.index, self._values())
             self.written = self.delta._version
 
@@ -225,6 +227,8 @@ class _SliceGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, weight = ctx.saved_tensors
         module: Sliced = ctx.module
+        if module.weight_is_gathered:
+            module._write()
         grad_inputs = grad_delta = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:

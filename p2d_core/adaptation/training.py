@@ -24,10 +24,12 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from p2d_core.adaptation.spec import TrainingSpec
+from p2d_core.adaptation.spread import Spread, share_like, spread, whole, whole_states
 from p2d_core.errors import TrainingError
+from p2d_core.processes import ALONE, Processes
 from p2d_core.progress import Progress
-from p2d_core.response_loss import batch_loss
-from p2d_core.samples.tokens import EncodedSample, collate
+from p2d_core.response_loss import batch_loss, token_losses
+from p2d_core.samples.tokens import IGNORED_LABEL, EncodedSample, collate
 from p2d_core.store.recipe import hash_file
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 NOT_LOADED = (pickle.UnpicklingError, SafetensorError, KeyError, AttributeError, IndexError)
 """What a broken or hostile checkpoint raises, beside the errors of reading files."""
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
+OF_THE_WHOLE_BATCH = "n_tokens_of_all"
 SEAL = "seal.json"
 """Written last into a checkpoint, with the hashes of its files and the seconds up to it: one
 without it was cut short, one that it does not fit was damaged, and neither is gone on from."""
@@ -65,13 +68,54 @@ class _Samples(Dataset[EncodedSample]):
 
 
 class _Trainer(Trainer):
-    """Keeps only the trainable parameters in checkpoints: the base is on disk already."""
+    """Keeps only the trainable parameters in checkpoints: the base is on disk already.
+
+    Transformers knows of one process. All of them draw the same batches, of which each runs its
+    share; gradients are brought together by what `spread` made of the model.
+    """
+
+    def __init__(self, spread: Spread, processes: Processes, **settings: Any) -> None:
+        super().__init__(model=spread.model, **settings)
+        self.runs, self.processes = spread.run, processes
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """`batch_loss`; one batch is one step."""
-        return batch_loss(model, inputs)
+        """`batch_loss`; one batch is one step.
+
+        The mean over the processes is that of the whole batch's response tokens, however many of
+        them each has.
+        """
+        if self.processes.size == 1:
+            return batch_loss(model, inputs)
+        n_tokens = inputs.pop(OF_THE_WHOLE_BATCH)
+        losses, _ = token_losses(self.model, inputs, self.runs)
+        return losses.sum() * self.processes.size / n_tokens
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """One whose states are kept whole, whoever has a share of them."""
+        optimizer = super().create_optimizer(model)
+        if self.processes.shards_model:
+            whole_states(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return whole(super()._clip_grad_norm(model))  # type: ignore[no-untyped-call]
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and self.processes.size > 1:
+            torch.distributed.all_reduce(tr_loss)
+            tr_loss /= self.processes.size
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.processes.first:
+            super()._save_checkpoint(model, trial)
+        elif self.processes.shards_model:
+            # the first cannot put together what it keeps without the others' shares
+            _trainable(self.model)
+            assert self.optimizer is not None
+            self.optimizer.state_dict()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -84,16 +128,21 @@ class _Trainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in saved:
-                    parameter.copy_(saved[name])
+                    parameter.copy_(share_like(saved[name], parameter))
 
 
 class _Watch(TrainerCallback):
     """Progress, checkpoints by the clock, and an end when the loss is no number."""
 
     def __init__(
-        self, progress: Progress | None, checkpoint_seconds: float, seconds_before: float
+        self,
+        progress: Progress | None,
+        checkpoint_seconds: float,
+        seconds_before: float,
+        processes: Processes,
     ) -> None:
         self.progress = progress
+        self.processes = processes
         self.checkpoint_seconds = checkpoint_seconds
         self.seconds_before = seconds_before
         self.started_at = self.saved_at = time.monotonic()
@@ -101,12 +150,15 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps)
-        if time.monotonic() - self.saved_at >= self.checkpoint_seconds:
+        due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
+        if self.processes.as_the_first_decides(due):
             self.saved_at = time.monotonic()
             control.should_save = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.processes.first:
+            return
         spent = self.seconds_before + time.monotonic() - self.started_at
         _seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", spent)
 
@@ -128,14 +180,21 @@ def train(
     scratch: Path,
     checkpoint_seconds: float = 60,
     mixed_precision: bool = False,
+    gradient_checkpointing: bool = False,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> TrainingResult:
     """Trains, in place, the parameters that require a gradient; loss on response tokens only.
 
-    Goes on from the last whole checkpoint in ``scratch`` if there is one. One process, one device.
+    Goes on from the last whole checkpoint in ``scratch`` if there is one, however many processes
+    wrote it. One device a process.
 
     Args:
         mixed_precision: bfloat16 in the passes; the parameters stay in the precision they have.
+        gradient_checkpointing: layers run a second time for the backward pass, in place of keeping
+            what they computed: less memory, a third more computing.
+        processes: all of them call this alike, in their group, and share each batch. What was
+            trained is in the first one's model.
 
     Raises:
         TrainingError: there is nothing to train or to learn from, or the loss is not a number.
@@ -167,24 +226,32 @@ def train(
         use_cpu=next(model.parameters()).device.type == "cpu",
         dataloader_pin_memory=False,
         bf16=mixed_precision,
+        activation_checkpointing=gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
     )
     # with several GPUs it would split batches over them, and the same settings mean more epochs
     arguments._n_gpu = min(1, arguments.n_gpu)
-    last, seconds_before = _last_checkpoint(scratch)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Samples(encoded),
-        data_collator=lambda rows: collate(rows, pad_id),
-        callbacks=[_Watch(progress, checkpoint_seconds, seconds_before)],
-    )
-    # the table of figures that it prints at the end is for a console of its own
-    trainer.remove_callback(PrinterCallback)
-    if last is not None:
-        log.info("training goes on from %s of %s", Path(last).name, scratch.name)
-    trainer.train(resume_from_checkpoint=last)
+    found = _last_checkpoint(scratch) if processes.first else None
+    last, seconds_before = processes.as_the_first_says("checkpoint", found) or (None, 0.0)
+    with spread(model, processes) as parts:
+        trainer = _Trainer(
+            parts,
+            processes,
+            args=arguments,
+            train_dataset=_Samples(encoded),
+            data_collator=lambda rows: _shared_batch(rows, pad_id, processes),
+            callbacks=[_Watch(progress, checkpoint_seconds, seconds_before, processes)],
+        )
+        # the table of figures that it prints at the end is for a console of its own
+        trainer.remove_callback(PrinterCallback)
+        if last is not None:
+            log.info("training goes on from %s of %s", Path(last).name, scratch.name)
+        trainer.train(resume_from_checkpoint=last)
+        if gradient_checkpointing:
+            parts.model.activation_checkpointing_disable()
     model.eval()
-    _check_weights(model)
+    if processes.first:
+        _check_weights(model)
     curve = [
         {key: float(entry[key]) for key in ("step", "epoch", "loss", "learning_rate")}
         for entry in trainer.state.log_history
@@ -192,6 +259,23 @@ def train(
     ]
     tokens = round(sum(len(sample.input_ids) for sample in encoded) * steps / steps_an_epoch)
     return TrainingResult(curve, steps, tokens, seconds_before)
+
+
+def _shared_batch(
+    rows: Sequence[EncodedSample], pad_id: int, processes: Processes
+) -> dict[str, Tensor]:
+    """This process' share of a batch, with how many response tokens the whole of it has.
+
+    A process that gets no sample runs one of which nothing is learnt: the others wait for it.
+    """
+    if processes.size == 1:
+        return collate(rows, pad_id)
+    share = processes.share(rows)
+    batch = collate(share or rows[:1], pad_id)
+    if not share:
+        batch["labels"].fill_(IGNORED_LABEL)
+    n_tokens = sum(row.n_response for row in rows)
+    return batch | {OF_THE_WHOLE_BATCH: torch.tensor(n_tokens)}
 
 
 def _seal(checkpoint: Path, seconds: float) -> None:
@@ -252,7 +336,7 @@ def write_curve(curve: list[dict[str, float]], folder: Path) -> None:
 
 def _trainable(model: Any) -> dict[str, Tensor]:
     return {
-        name: parameter.detach().contiguous()
+        name: whole(parameter.detach()).contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -4,13 +4,20 @@ from p2d_core.models.captured import CapturedModel, checked_losses
 from p2d_core.models.folder import DTYPES, check_model_folder, model_hash, most_tokens
 from p2d_core.models.hub import download_model, hub_model_at_commit, is_hub_model
 from p2d_core.models.load import load_model, load_tokenizer, pick_device
-from p2d_core.models.shape import ParameterCounts, layers_of, parameter_counts, without_weights
+from p2d_core.models.shape import (
+    ParameterCounts,
+    check_gradient_checkpointing,
+    layers_of,
+    parameter_counts,
+    without_weights,
+)
 from p2d_core.models.whole import check_loads, stored_precision
 
 __all__ = [
     "DTYPES",
     "CapturedModel",
     "ParameterCounts",
+    "check_gradient_checkpointing",
     "check_loads",
     "check_model_folder",
     "checked_losses",

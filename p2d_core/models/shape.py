@@ -17,7 +17,7 @@ from p2d_core.attention.layout import (
     projection_weights,
     slices_of,
 )
-from p2d_core.errors import ModelError, UnsupportedModelError
+from p2d_core.errors import ModelError, SettingsError, UnsupportedModelError
 from p2d_core.models.folder import said
 
 
@@ -64,6 +64,20 @@ def parameter_counts(folder: Path) -> ParameterCounts:
     layers = attention_layers(model)
     width = projection_weights(model, layers[0])["q"].shape[1]
     return ParameterCounts(sum(each.numel() for each in model.parameters()), layers, width)
+
+
+def check_gradient_checkpointing(folder: Path) -> None:
+    """That the layers of the model can be run twice in place of keeping what they compute.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    model = without_weights(folder)
+    if not model.supports_gradient_checkpointing:
+        raise SettingsError(
+            f"training.gradient_checkpointing: {type(model).__name__} of {folder} cannot run its "
+            "layers twice. Leave it out; a smaller training.batch_size takes less memory too."
+        )
 
 
 def without_weights(folder: Path) -> Any:

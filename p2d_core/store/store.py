@@ -7,7 +7,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Making:
     facts: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     tokens: int = 0
+    processes: int = 1
+    """That worked on it together, each with a device of its own."""
     seconds_before: float = 0.0
     """Spent on it by runs that were stopped, as far as their work went into this one."""
 
@@ -126,6 +128,7 @@ class Store:
                     watch.samples, watch.tokens = making.samples, making.tokens
                 before = Cost(making.seconds_before, making.seconds_before)
                 cost = before + watch.cost
+                cost = replace(cost, device_seconds=cost.device_seconds * making.processes)
                 write_manifest(staging, recipe, facts=making.facts, cost=cost, run_id=run_id)
             shutil.rmtree(scratch, ignore_errors=True)
             return ArtifactRef(stage=recipe.stage, key=key, location=str(folder))

@@ -98,8 +98,14 @@ def test_another_share_of_heads_keeps_the_proxy_run(job):
 
 
 def test_settings_that_cannot_change_a_result_reuse_everything(job):
-    again = job.run(scoring={"tokens_per_batch": 512}, training={"checkpoint_seconds": 5})
+    training = {"checkpoint_seconds": 5, "parallel": "fsdp"}
+    again = job.run(scoring={"tokens_per_batch": 512}, training=training)
     assert computed(again) == []
+
+
+def test_gradient_checkpointing_changes_nothing_but_what_full_fine_tuning_would_take(job):
+    again = job.run(training={"gradient_checkpointing": True})
+    assert computed(again) == ["reference"]
 
 
 def test_one_changed_line_measures_only_its_shard_again(job, tmp_path):
@@ -257,19 +263,31 @@ def test_a_head_map_of_another_base_is_refused(job, tmp_path):
         job.run(head_map=job.first.artifacts["heads"], base=str(other))
 
 
-def test_only_the_task_heads_slices_differ_from_the_base(job):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_only_the_task_heads_slices_differ_from_the_base(job, precision):
     """Bit for bit: what the adapter does not name is the base's own weight."""
     import torch
+    from safetensors.torch import load_file
 
     from p2d_core.adaptation.adaptations import adapted
     from p2d_core.attention.layout import attention_layers, slices_of
     from p2d_core.models import load_model
 
-    base = load_model(BASE_FOLDER, "float32", torch.device("cpu"))
-    tuned = load_model(BASE_FOLDER, "float32", torch.device("cpu"))
-    tuned = adapted(tuned, Path(job.first.artifacts["model"])).merge_and_unload()
+    done = job.first
+    if precision != "float32":
+        done = job.run(precision=precision, training={"gradient_checkpointing": True})
+    model = Path(done.artifacts["model"])
+    curve = json.loads((model / "loss.json").read_text())
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert done.quality.p2d < done.quality.base
+    kept = load_file(model / "adapter/adapter_model.safetensors")
+    assert {value.dtype for value in kept.values()} == {torch.float32}
+
+    base = load_model(BASE_FOLDER, precision, torch.device("cpu"))
+    tuned = load_model(BASE_FOLDER, precision, torch.device("cpu"))
+    tuned = adapted(tuned, model).merge_and_unload()
     allowed = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in base.named_parameters()}
-    for piece in slices_of(attention_layers(base), job.first.heads.ids):
+    for piece in slices_of(attention_layers(base), done.heads.ids):
         allowed[f"{piece.module}.weight"].narrow(
             piece.dim, piece.start, piece.stop - piece.start
         ).fill_(True)
@@ -279,4 +297,4 @@ def test_only_the_task_heads_slices_differ_from_the_base(job):
     ):
         assert torch.equal(before[~allowed[name]], after[~allowed[name]]), name
         moved += int((before != after).sum())
-    assert 0 < moved <= job.first.trainable.parameters
+    assert 0 < moved <= done.trainable.parameters

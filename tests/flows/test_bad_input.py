@@ -228,6 +228,17 @@ def test_a_base_whose_heads_cannot_be_found(case, capsys, monkeypatch):
     assert "docs/families.md" in message
 
 
+def test_gradient_checkpointing_of_a_base_that_cannot(case, capsys, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    # every family that heads are found in can, as it comes
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    case.values["training"] = {"gradient_checkpointing": True}
+    told = refusal(case, capsys, monkeypatch)
+    assert "training.gradient_checkpointing: LlamaForCausalLM of" in told
+    assert "cannot run its layers twice. Leave it out; a smaller training.batch_size" in told
+
+
 def test_yaml_that_is_none(case, capsys, monkeypatch, tmp_path):
     file = tmp_path / "broken.yaml"
     file.write_text("base: [unclosed\n")

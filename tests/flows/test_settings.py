@@ -117,6 +117,8 @@ CHANGES = [
     ("training", {"batch_size": 3}),
     ("training", {"warmup": 0.5}),
     ("training", {"checkpoint_seconds": 3}),
+    ("training", {"gradient_checkpointing": True}),
+    ("training", {"parallel": "fsdp"}),
     ("arms", {"full_learning_rate": 1}),
 ]
 

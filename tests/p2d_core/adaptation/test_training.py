@@ -1,5 +1,7 @@
 """Training: what it learns from and keeps; a killed run ends as an undisturbed one does."""
 
+import copy
+import itertools
 import json
 import os
 import signal
@@ -10,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
+from p2d_core.adaptation.slices import merged as merged_slices
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.adaptation.training import _last_checkpoint, _seal, train
-from p2d_core.attention.layout import attention_layers
+from p2d_core.attention.layout import attention_layers, slices_of
 from p2d_core.errors import TrainingError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.samples.tokens import EncodedSample
@@ -218,8 +222,6 @@ def test_what_a_stopped_run_spent_still_counts(tmp_path):
 def test_checkpoints_hold_only_what_moves(tmp_path):
     long_run(tmp_path, lambda done, total: time.sleep(0.01))
     folder = next(tmp_path.glob("checkpoint-*"))
-    from safetensors.torch import load_file
-
     names = set(load_file(folder / "trainable.safetensors"))
     assert names
     assert all(name.endswith(".delta") for name in names)
@@ -235,3 +237,64 @@ def test_calibration_scales_a_step_to_the_whole_corpus():
     assert ten.spread_seconds > 0
     # 1000 samples are 250 steps an epoch: 750 in all, and a step takes between 1 ms and 1 s
     assert 0.75 < ten.seconds < 750
+
+
+def long_samples(n: int = 8) -> list[EncodedSample]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        EncodedSample(str(i), torch.randint(3, 50, (120,), generator=generator).tolist(), 5)
+        for i in range(n)
+    ]
+
+
+def gradients(adaptation: str, folder: Path, *, checkpointing: bool) -> tuple[Tensor, int]:
+    """After one step of training, all in a row; and the most bytes that were allocated at once."""
+    model = attach(adaptation, tiny_llama()).model
+    kept: list[Tensor] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: kept.append(gradient.flatten().clone()))
+    one = TrainingSpec(epochs=1, learning_rate=0.0, batch_size=8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        train(
+            model, long_samples(), one, pad_id=0, scratch=folder,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+    events = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return torch.cat(kept), max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("adaptation", ["heads", "full", "lora"])
+def test_gradient_checkpointing_takes_less_memory_and_gives_the_same_gradients(
+    adaptation, tmp_path
+):
+    kept, most = gradients(adaptation, tmp_path / "kept", checkpointing=False)
+    again, less = gradients(adaptation, tmp_path / "again", checkpointing=True)
+    torch.testing.assert_close(again, kept, rtol=0, atol=1e-6)
+    assert kept.abs().max() > 1e-3
+    assert less < 0.7 * most
+
+
+def test_heads_are_tuned_in_bfloat16(tmp_path):
+    """The loss falls; the deltas are float32; what is no slice of a task head stays bit by bit."""
+    base = tiny_llama().to(torch.bfloat16)
+    attached = attach("heads", copy.deepcopy(base))
+    spec = TrainingSpec(epochs=10, learning_rate=1e-2, batch_size=4)
+    trained = train(
+        attached.model, encoded(), spec, pad_id=0, scratch=tmp_path / "scratch",
+        mixed_precision=True, gradient_checkpointing=True,
+    )  # fmt: skip
+    assert trained.curve[-1]["loss"] < 0.9 * trained.curve[0]["loss"]
+    moving = [p for p in attached.model.parameters() if p.requires_grad]
+    assert {parameter.dtype for parameter in moving} == {torch.float32}
+    attached.keep(tmp_path)
+    kept = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    merged = adapted(copy.deepcopy(base), tmp_path).merge_and_unload()
+    may_move = merged_slices(slices_of(attention_layers(base), head_map().task_heads))
+    for name, weight in base.state_dict().items():
+        moved = (merged.state_dict()[name] != weight).nonzero()
+        dim, index = may_move.get(name.removesuffix(".weight"), (0, torch.empty(0)))
+        assert set(moved[:, dim].tolist()) <= set(index.tolist())
+        assert bool(len(moved)) == bool(len(index)), name
