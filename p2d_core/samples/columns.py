@@ -3,16 +3,18 @@
 import difflib
 import json
 import math
-import re
 import string
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from p2d_core.errors import DataError
-from p2d_core.samples.json_rows import TOO_DEEP
+from p2d_core.samples.extra import extra_of
+from p2d_core.samples.messages import MESSAGE_COLUMNS, holds_messages, message_map
 from p2d_core.samples.rows import described, listed
+from p2d_core.samples.schema import Sample, sample_id_of
 from p2d_core.samples.source import SourceSpec
+from p2d_core.samples.texts import RowProblem, checked_text
 
 KNOWN_PAIRS = (
     ("prompt", "response"),
@@ -36,20 +38,6 @@ KNOWN_PAIRS = (
 
 With ``instruction``, a column ``input`` is appended after a blank line where it is not empty.
 """
-
-_LEADING_BLANK_LINES = re.compile(r"^(?:[ \t]*\n)+")
-
-
-class RowProblem(Exception):
-    """What is wrong with one row; its place is known to the caller."""
-
-
-def canonical_text(text: str) -> str:
-    """The text as it is, but for line breaks, leading blank lines and white space at its end.
-
-    CRLF becomes LF. The indentation of the first line stays, because in code it means something.
-    """
-    return _LEADING_BLANK_LINES.sub("", text.replace("\r\n", "\n")).rstrip(" \t\r\n")
 
 
 class Text(Protocol):
@@ -139,20 +127,38 @@ class InstructionWithInput:
         return f"{instruction}\n\n{given}" if given.strip() else instruction
 
 
+class RowMap(Protocol):
+    """How the rows of one file become samples."""
+
+    def sample_of(self, row: Mapping[str, Any], source: str, number: int) -> Sample:
+        """The sample in that row; raises `RowProblem`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ColumnMap:
-    """How the rows of one file become prompt, response and extra."""
+    """Prompt and response are texts in columns."""
 
     prompt: Text
     response: Text
 
-    def texts_of(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """Prompt and response, canonical.
+    def sample_of(self, row: Mapping[str, Any], source: str, number: int) -> Sample:
+        """The sample in that row; its texts are canonical.
 
         Raises:
-            RowProblem: one of them is missing, empty, of a wrong type, or no valid text.
+            RowProblem: one of them is missing, empty, of a wrong type, or no valid text; or the
+                other columns are nested too deeply.
         """
-        return self._text("prompt", self.prompt, row), self._text("response", self.response, row)
+        prompt = self._text("prompt", self.prompt, row)
+        response = self._text("response", self.response, row)
+        used = {*self.prompt.columns, *self.response.columns}
+        return Sample(
+            sample_id=sample_id_of(prompt, response),
+            source=source,
+            prompt=prompt,
+            response=response,
+            row=number,
+            extra=extra_of(row, used),
+        )
 
     @staticmethod
     def _text(role: str, text: Text, row: Mapping[str, Any]) -> str:
@@ -161,50 +167,43 @@ class ColumnMap:
         except RowProblem as problem:
             raise RowProblem(f"no {role}: {problem}.") from None
         columns = " and ".join(repr(column) for column in text.columns)
-        if not rendered.strip():
-            raise RowProblem(
-                f"the {role} (column {columns}) is empty. Fill it in or remove the row."
-            )
-        if "\0" in rendered:
-            raise RowProblem(f"the {role} (column {columns}) holds a NUL character. Remove it.")
-        try:
-            rendered.encode()
-        except UnicodeEncodeError as error:
-            raise RowProblem(
-                f"the {role} (column {columns}) holds half of a surrogate pair "
-                f"(\\u{ord(rendered[error.start]):04x}), which is no character. Remove it."
-            ) from None
-        return canonical_text(rendered)
-
-    def extra_of(self, row: Mapping[str, Any]) -> str:
-        """JSON of the other columns, keys sorted; what JSON cannot say becomes null or text.
-
-        Raises:
-            RowProblem: they are nested too deeply.
-        """
-        used = {*self.prompt.columns, *self.response.columns}
-        others = {str(name): value for name, value in row.items() if name not in used}
-        if not others:
-            return "{}"
-        try:
-            text = _dumped(others)
-        except ValueError:
-            text = _dumped(_without_nan(others))
-        except RecursionError:
-            raise RowProblem(f"{TOO_DEEP}. Flatten or remove it.") from None
-        return text.encode(errors="replace").decode()
+        return checked_text(f"the {role} (column {columns})", rendered)
 
 
-def column_map(columns: Collection[str], source: SourceSpec) -> ColumnMap:
+def column_map(row: Mapping[str, Any], source: SourceSpec) -> RowMap:
     """What the source asks for, or what its columns are recognised as.
 
     Args:
-        columns: of the file's first row.
+        row: the file's first.
 
     Raises:
         RowProblem: a column that was asked for is not there, or none is recognised.
         DataError: what was asked for is neither a column nor a template.
     """
+    columns = list(row)
+    if source.messages is not None:
+        _there("messages", source.messages, columns, source)
+        return message_map(row, (source.messages,))
+    found = _text_columns(columns, source)
+    if found is None:
+        names = {name.lower(): name for name in reversed(columns)}
+        for known in MESSAGE_COLUMNS:
+            if known in names and source.prompt is None and source.response is None:
+                return message_map(row, (names[known],))
+        raise RowProblem(
+            f"no columns are recognised as prompt and response. "
+            f"Columns found: {listed(columns)}. Name them in the settings with `prompt:` "
+            f"and `response:` of source {source.name!r}; each is a column's name or a template "
+            'such as "{title}\\n\\n{body}". A column with lists of messages is named with '
+            "`messages:`."
+        )
+    columns_of_both = (*found.prompt.columns, *found.response.columns)
+    if isinstance(found.prompt, Column) and holds_messages(row[found.prompt.name]):
+        return message_map(row, columns_of_both)
+    return found
+
+
+def _text_columns(columns: Collection[str], source: SourceSpec) -> ColumnMap | None:
     prompt = _asked_for("prompt", source.prompt, columns, source)
     response = _asked_for("response", source.response, columns, source)
     if prompt is not None and response is not None:
@@ -219,12 +218,7 @@ def column_map(columns: Collection[str], source: SourceSpec) -> ColumnMap:
             prompt or _recognised_prompt(found, known_prompt),
             response or Column(found[known_response]),
         )
-    raise RowProblem(
-        f"no columns are recognised as prompt and response. "
-        f"Columns found: {listed(columns)}. Name them in the settings with `prompt:` "
-        f"and `response:` of source {source.name!r}; each is a column's name or a template such as "
-        '"{title}\\n\\n{body}".'
-    )
+    return None
 
 
 def _recognised_prompt(found: Mapping[str, str], known: str) -> Text:
@@ -240,14 +234,18 @@ def _asked_for(
         return None
     text = _parsed(role, asked, source) if "{" in asked and asked not in columns else Column(asked)
     for column in text.columns:
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            raise RowProblem(
-                f"there is no column {column!r}, which `{role}:` of source "
-                f"{source.name!r} names. Columns found: {listed(columns)}."
-                + (f" Did you mean {near[0]!r}?" if near else " Name one of them.")
-            )
+        _there(role, column, columns, source)
     return text
+
+
+def _there(role: str, column: str, columns: Collection[str], source: SourceSpec) -> None:
+    if column not in columns:
+        near = difflib.get_close_matches(column, columns, n=1)
+        raise RowProblem(
+            f"there is no column {column!r}, which `{role}:` of source "
+            f"{source.name!r} names. Columns found: {listed(columns)}."
+            + (f" Did you mean {near[0]!r}?" if near else " Name one of them.")
+        )
 
 
 def _parsed(role: str, template: str, source: SourceSpec) -> Template:
@@ -277,23 +275,3 @@ def _value(row: Mapping[str, Any], column: str) -> Any:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _dumped(columns: Mapping[str, Any]) -> str:
-    return json.dumps(
-        columns, ensure_ascii=False, sort_keys=True, allow_nan=False, default=_in_words
-    )
-
-
-def _in_words(value: Any) -> str:
-    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _without_nan(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(each) for each in value]
-    return value

@@ -7,12 +7,13 @@ from itertools import islice
 
 from p2d_core.errors import DataError
 from p2d_core.progress import EVERY, Progress, no_progress
-from p2d_core.samples.columns import ColumnMap, RowProblem, column_map
+from p2d_core.samples.columns import RowMap, column_map
 from p2d_core.samples.formats import rows_of
 from p2d_core.samples.hub import hub_rows
 from p2d_core.samples.rows import BrokenRow, Position, Row
-from p2d_core.samples.schema import Sample, sample_id_of
+from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import DataFile, SourceSpec, content_hash, files_of
+from p2d_core.samples.texts import RowProblem
 
 __all__ = ["BadRow", "SourceSpec", "content_hash", "read_samples"]
 
@@ -41,7 +42,7 @@ def read_samples(
     """The samples of a source in order, streamed.
 
     Texts are kept as they are, but for CRLF, leading blank lines and white space at the end
-    (`columns.canonical_text`). Rows that were set aside by ``skip`` keep their numbers, and count.
+    (`texts.canonical_text`). Rows that were set aside by ``skip`` keep their numbers, and count.
 
     Args:
         on_bad_row: is told of a row that is no sample, which is then left out; without it the
@@ -113,20 +114,12 @@ def _samples(
         else:
             assert mapping is not None
             try:
-                prompt, response = mapping.texts_of(row.columns)
-                extra = mapping.extra_of(row.columns)
+                sample = mapping.sample_of(row.columns, source.name, number)
             except RowProblem as error:
                 problem = str(error)
             else:
                 n_samples += 1
-                yield Sample(
-                    sample_id=sample_id_of(prompt, response),
-                    source=source.name,
-                    prompt=prompt,
-                    response=response,
-                    row=number,
-                    extra=extra,
-                )
+                yield sample
                 continue
         bad = BadRow(source.name, number, row.place, problem)
         if on_bad_row is None:
@@ -147,14 +140,14 @@ def _samples(
 
 def _mapped(
     source: SourceSpec, files: Iterable[Iterator[Row | BrokenRow]]
-) -> Iterator[tuple[ColumnMap | None, Row | BrokenRow]]:
-    """Every row with its file's column map, which the first row with the right columns decides."""
+) -> Iterator[tuple[RowMap | None, Row | BrokenRow]]:
+    """Every row with its file's map, which the first row with the right columns decides."""
     for rows in files:
-        mapping: ColumnMap | None = None
+        mapping: RowMap | None = None
         for row in rows:
             if mapping is None and isinstance(row, Row):
                 try:
-                    mapping = column_map(list(row.columns), source)
+                    mapping = column_map(row.columns, source)
                     log.debug("%s: %s", row.place, mapping)
                 except RowProblem as problem:
                     row = BrokenRow(row.place, str(problem))

@@ -32,7 +32,8 @@ class SourceSpec:
     """One named source of samples and how to read it.
 
     Raises:
-        SettingsError: ``skip`` or ``limit`` is out of bounds, or ``format`` is unknown.
+        SettingsError: ``skip`` or ``limit`` is out of bounds, ``format`` is unknown, or both
+            messages and texts are named.
     """
 
     name: str
@@ -54,6 +55,8 @@ class SourceSpec:
     """Hub only."""
     revision: str | None = None
     """Hub only: branch, tag or commit; None: the newest."""
+    messages: str | None = None
+    """Column with lists of messages; None: found by itself where no prompt and response are."""
 
     def __post_init__(self) -> None:
         if self.skip < 0:
@@ -66,6 +69,12 @@ class SourceSpec:
         if self.format is not None and self.format not in FORMATS:
             raise SettingsError(
                 f"source {self.name!r}: format is {self.format!r}; known: {', '.join(FORMATS)}."
+            )
+
+        if self.messages is not None and (self.prompt, self.response) != (None, None):
+            raise SettingsError(
+                f"source {self.name!r}: both messages and prompt or response are named. A row is "
+                "read as one or the other: leave one out."
             )
 
     @property

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from p2d_core.errors import DataError, SettingsError
 from p2d_core.samples import text_stream
-from p2d_core.samples.columns import canonical_text
 from p2d_core.samples.read import BadRow, SourceSpec, read_samples
 from p2d_core.samples.schema import Sample, sample_id_of
 from p2d_core.samples.source import FORMATS
+from p2d_core.samples.texts import canonical_text
 
 QA = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(5)]
 
