@@ -89,7 +89,7 @@ def export_run(
         kept=chosen.model.path,
         low_rank=manifest.facts["adaptation"] == "lora",
     )
-    text = TextFormat(found["separator"], found["max_tokens"])
+    text = TextFormat(found["separator"], found["max_tokens"], found.get("template", "plain"))
     encoder = Encoder(load_tokenizer(model.base), text)
     picture = _picture(store, chosen.model)
     with appearing(to) as folder:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from p2d_core.models import (
     check_loads,
     check_model_folder,
     layers_of,
+    load_tokenizer,
     most_tokens,
     pick_device,
 )
+from p2d_core.samples.conversation import is_conversation, turns_of
 from p2d_core.samples.read import read_samples
 from p2d_core.samples.rejected import RejectedRows
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.source import SourceSpec, files_of
 from p2d_core.samples.split import draw_target, redraw_proxy, refuse_overlap
-from p2d_core.samples.tokens import TextFormat
+from p2d_core.samples.tokens import Encoder, TextFormat
 from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.where import checked_condition
 from tasks.progress import progress_of
@@ -94,11 +97,7 @@ def check_inputs(
     adaptation = adaptations.make(settings.training.adaptation, options)
     where = _condition(settings.selection.where, scorer)
     evaluating = _evaluating(settings)
-    if like is None:
-        _check_data(settings, evaluating)
-    text = TextFormat(
-        settings.format.separator, min(settings.format.max_tokens, most_tokens(folder))
-    )
+    text = like.base.text if like else _check_data(settings, evaluating, folder)
     evaluation = settings.evaluation
     training = settings.training
 
@@ -213,10 +212,18 @@ def _scorer_options(settings: RunSettings) -> dict[str, Any]:
     return {"depth": scoring.depth} | scoring.options
 
 
-def _check_data(settings: RunSettings, evaluating: EvaluationSpec) -> None:
+def _check_data(settings: RunSettings, evaluating: EvaluationSpec, base: Path) -> TextFormat:
+    """How samples become tokens; that depends on whether there are conversations among them."""
     evaluation = settings.evaluation
     rejected = RejectedRows(settings.skip_bad_rows)
-    target = list(_checked(_spec(settings.target), rejected))
+    chats = _Chats(settings, base)
+
+    def checked(source: SourceSpec) -> Iterator[Sample]:
+        for sample in _checked(source, rejected):
+            chats.look_at(sample)
+            yield sample
+
+    target = list(checked(_spec(settings.target)))
     split = draw_target(
         target,
         n_proxy=settings.proxy.samples,
@@ -228,7 +235,7 @@ def _check_data(settings: RunSettings, evaluating: EvaluationSpec) -> None:
         redraw_proxy(split, 1)
     asked: Iterable[Sample] = split.evaluation
     if evaluation.source is not None:
-        asked = list(_checked(_spec(evaluation.source), rejected))
+        asked = list(checked(_spec(evaluation.source)))
         refuse_overlap(target, asked)
     for sample in asked:
         check_sample(sample, evaluating)
@@ -245,11 +252,43 @@ def _check_data(settings: RunSettings, evaluating: EvaluationSpec) -> None:
         if spec.is_on_hub:
             continue
         size = sum(file.path.stat().st_size for file in files_of(spec))
-        for row, sample in enumerate(_checked(spec, rejected)):
+        for row, sample in enumerate(checked(spec)):
             if other is evaluation.retention:
                 check_sample(sample, evaluating)
             if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:
                 break
+    return chats.text_format(target[0])
+
+
+class _Chats:
+    """Whether there are conversations, and whether the base's chat template takes them."""
+
+    def __init__(self, settings: RunSettings, base: Path) -> None:
+        self.asked, self.base = settings.format.template, base
+        most = min(settings.format.max_tokens, most_tokens(self.base))
+        self.plain = TextFormat(settings.format.separator, most)
+        self.met: set[tuple[str, ...]] = set()
+        """Roles of conversations; what a template refuses nearly always is an order of roles."""
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(load_tokenizer(self.base), replace(self.plain, template="chat"))
+
+    def look_at(self, sample: Sample) -> None:
+        """Raises InputError: it is a conversation that cannot be written."""
+        if self.asked == "plain" or not is_conversation(sample):
+            return
+        roles = tuple(turn.role for turn in turns_of(sample))
+        if roles not in self.met:
+            self.met.add(roles)
+            self.encoder.encode(sample)
+
+    def text_format(self, sample: Sample) -> TextFormat:
+        """One for all samples: of a mixture of chats and texts all become chats."""
+        if self.asked == "plain" or not (self.asked == "chat" or self.met):
+            return self.plain
+        self.encoder.encode(sample)
+        return self.encoder.format
 
 
 def _checked(source: SourceSpec, rejected: RejectedRows) -> Iterator[Sample]:
@@ -269,4 +308,5 @@ def _spec(given: SourceSettings) -> SourceSpec:
         config=given.config,
         split=given.split,
         revision=given.revision,
+        messages=given.messages,
     )

@@ -229,7 +229,7 @@ class Rehearsal:
             if self.scored is None:
                 return Estimate()
             (scores, shards), more = self.scored, 1.0
-        lengths = [each.n_response for each in self.base.captured.encode(self.data.target.proxy)]
+        lengths = [each.n_learnt for each in self.base.captured.encode(self.data.target.proxy)]
         with stopwatch() as read:
             pq.read_table(self._shard)
         with stopwatch() as selected, suppress(P2DError):

@@ -62,6 +62,8 @@ class SourceSettings(_Settings):
     """Column of the prompt, or a template such as "{instruction}\\n\\n{input}"; found if empty."""
     response: str | None = None
     """Column of the response, or a template; found if empty."""
+    messages: str | None = None
+    """Column with lists of messages, in place of prompt and response; found if empty."""
     limit: Count | None = None
     """Read at most this many rows; all if empty."""
     skip: CountOrZero = 0
@@ -86,12 +88,14 @@ class CorpusSettings(_Settings):
 
 
 class FormatSettings(_Settings):
-    """How a sample becomes tokens: prompt, separator, response, end of text."""
+    """How a sample becomes tokens: prompt, separator, response, end of text; or a chat."""
 
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: by the tokenizer's chat template; plain: as text; auto: chat if there are messages."""
     separator: str = "\n"
-    """Text between prompt and response."""
+    """Text between prompt and response; not used in a chat."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
-    """Tokens of a sample; longer prompts are cut from the left."""
+    """Tokens of a sample; longer prompts are cut from the left, chats by whole questions first."""
 
 
 class HarnessSettings(_Settings):

@@ -37,6 +37,7 @@ from tasks.samples import (
     read_source,
     redraw_target,
     refuse_too_many_rejected,
+    refuse_unforeseen_chats,
     shards_of,
     split_target,
 )
@@ -94,6 +95,8 @@ def read_data(run: Run) -> Data:
         )
         if not runtime.only_look:
             refuse_too_many_rejected(sources, settings.skip_bad_rows)
+            if settings.format.template == "auto" and inputs.base.template == "plain":
+                refuse_unforeseen_chats(sources)
         made += [target, corpus]
     return Data(target, corpus, evaluation or target, retention, tuple(sources))
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from p2d_core.errors import DataError
 from p2d_core.progress import counted
+from p2d_core.samples.conversation import is_conversation
 from p2d_core.samples.read import BadRow, read_samples
 from p2d_core.samples.rejected import REJECTED, RejectedRows, too_many
 from p2d_core.samples.schema import Sample, to_table
@@ -37,7 +38,7 @@ def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
     rejected = RejectedRows(runtime.skip_bad_rows)
     with progress_of(f"reading {source.spec.name} (rows)") as progress:
         samples = read_samples(source.spec, on_bad_row=rejected, progress=progress)
-        shards = write_shards(samples, making.folder)
+        shards = write_shards(_counted_chats(samples, making), making.folder)
     rejected.write(making.folder)
     making.samples = sum(shard.rows for shard in shards)
     making.facts["source"] = source.spec.name
@@ -123,6 +124,29 @@ def assemble(
         "duplicates": counts.duplicates,
         "excluded": counts.excluded,
     }
+
+
+def _counted_chats(samples: Iterable[Sample], making: Making) -> Iterator[Sample]:
+    making.facts["conversations"] = 0
+    for sample in samples:
+        making.facts["conversations"] += is_conversation(sample)
+        yield sample
+
+
+def refuse_unforeseen_chats(sources: Iterable[ArtifactRef]) -> None:
+    """That there are no conversations, where those that were looked at before were none.
+
+    Raises:
+        DataError: names the source.
+    """
+    for source in sources:
+        facts = source.manifest.facts
+        if facts.get("conversations"):
+            raise DataError(
+                f"source {facts['source']!r} has {facts['conversations']:,} conversations, the "
+                "samples looked at before it were none. Set `format.template: chat`, so that all "
+                "samples go through the base's chat template, or `plain`."
+            )
 
 
 def refuse_too_many_rejected(sources: Iterable[ArtifactRef], most: int) -> None:

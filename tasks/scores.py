@@ -68,6 +68,6 @@ def score(
         "passed": outcome.passed,
         "gates": gates,
         "passing": outcome.passing_by_shard,
-        "proxy_lengths": [sample.n_response for sample in model.encode(known.proxy)],
+        "proxy_lengths": [sample.n_learnt for sample in model.encode(known.proxy)],
     }
     making.samples = outcome.rows

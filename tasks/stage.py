@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import Task
 from prefect.cache_policies import CachePolicy
@@ -102,18 +102,27 @@ class BaseModel:
     max_tokens: int
     hub: str = ""
     """Its name and commit on a hub, such as hf://OWNER/NAME@COMMIT, if it came from there."""
+    template: Literal["plain", "chat"] = "plain"
 
     @classmethod
     def of(cls, folder: Path, precision: str, text: TextFormat, hub: str = "") -> BaseModel:
         """Hashes the folder."""
         with progress_of("hashing the base model (MB)") as progress:
             sha256 = model_hash(folder, progress)
-        return cls(str(folder), sha256, precision, text.separator, text.max_tokens, hub)
+        return cls(
+            str(folder), sha256, precision, text.separator, text.max_tokens, hub, text.template
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of it can change a result."""
-        return {k: v for k, v in asdict(self).items() if k not in ("folder", "hub")}
+        """What of it can change a result; the template is named where it is not plain."""
+        unsaid = {"folder", "hub"} | ({"template"} if self.template == "plain" else set())
+        return {k: v for k, v in asdict(self).items() if k not in unsaid}
+
+    @property
+    def text(self) -> TextFormat:
+        """How samples become its tokens."""
+        return TextFormat(self.separator, self.max_tokens, self.template)
 
     def captured(self, runtime: Runtime) -> CapturedModel:
         """The model, loaded when it is first needed; kept for the process."""
@@ -134,7 +143,7 @@ def _captured(base: BaseModel, device: str, threads: int, tokens_per_batch: int)
         Path(base.folder),
         precision=base.precision,
         device=pick_device(device),
-        text=TextFormat(base.separator, base.max_tokens),
+        text=base.text,
         tokens_per_batch=tokens_per_batch,
     )
 
@@ -155,7 +164,10 @@ class SourceInput:
     @property
     def identity(self) -> dict[str, Any]:
         """What of it can change a result."""
-        return {"sha256": self.sha256} | {k: v for k, v in asdict(self.spec).items() if k != "path"}
+        unsaid = {"path"} | ({"messages"} if self.spec.messages is None else set())
+        return {"sha256": self.sha256} | {
+            k: v for k, v in asdict(self.spec).items() if k not in unsaid
+        }
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, artifact, existing_store
+from p2d_core.samples.extra import other_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,8 +115,9 @@ def _sample(one: Explained, console: Console) -> None:
     texts = _grid()
     texts.add_row(Text("prompt", "dim"), _shortened(sample.prompt, TEXT_SHOWN))
     texts.add_row(Text("response", "dim"), _shortened(sample.response, TEXT_SHOWN))
-    if sample.extra != "{}":
-        texts.add_row(Text("also", "dim"), _shortened(sample.extra, TEXT_SHOWN, "dim"))
+    also = other_columns(sample.extra)
+    if also != "{}":
+        texts.add_row(Text("also", "dim"), _shortened(also, TEXT_SHOWN, "dim"))
     _indented(console, texts)
     _title(console, "Chosen" if one.reason.chosen else "Not chosen")
     _say(console, one.reason.words, "green" if one.reason.chosen else "yellow")

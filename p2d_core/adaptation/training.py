@@ -274,7 +274,7 @@ def _shared_batch(
     batch = collate(share or rows[:1], pad_id)
     if not share:
         batch["labels"].fill_(IGNORED_LABEL)
-    n_tokens = sum(row.n_response for row in rows)
+    n_tokens = sum(row.n_learnt for row in rows)
     return batch | {OF_THE_WHOLE_BATCH: torch.tensor(n_tokens)}
 
 

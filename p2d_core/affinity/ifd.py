@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +25,8 @@ class Ifd:
     """The response's loss given its prompt over its loss alone; the higher, the harder to follow.
 
     Above 1 the prompt misleads, which the paper takes for a broken sample and leaves out: there
-    the affinity is 1 minus the ratio, below that of all others.
+    the affinity is 1 minus the ratio, below that of all others. Of a conversation the last answer
+    is judged.
 
     Costs two forward passes a sample, the second of the response alone. It knows no target. The
     base is not first tuned on a part of the corpus, as in the paper.
@@ -58,7 +59,7 @@ class Ifd:
             for each in encoded
         ]
         return {
-            WITH: model.response_losses(encoded).numpy(),
+            WITH: model.response_losses([replace(each, earlier=()) for each in encoded]).numpy(),
             ALONE: model.response_losses(alone).numpy(),
         }
 

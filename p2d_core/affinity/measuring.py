@@ -32,7 +32,7 @@ def measure_shard(
     columns = {
         "sample_id": pa.array([sample.sample_id for sample in shard], pa.string()),
         "n_tokens": pa.array([len(sample) for sample in encoded], pa.int32()),
-        "n_response_tokens": pa.array([sample.n_response for sample in encoded], pa.int32()),
+        "n_response_tokens": pa.array([sample.n_learnt for sample in encoded], pa.int32()),
     }
     if shard:
         columns |= scorer.measure(model, state, shard)

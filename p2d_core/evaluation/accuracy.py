@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from p2d_core.errors import DataError, SettingsError
 from p2d_core.evaluation.evidence import Evidence
 from p2d_core.evaluation.metric import EvaluationSpec, Measured, metrics
-from p2d_core.samples.columns import canonical_text
 from p2d_core.samples.schema import Sample
+from p2d_core.samples.texts import canonical_text
 from p2d_core.samples.tokens import EncodedSample, Encoder
 
 
@@ -57,11 +57,14 @@ class Accuracy:
 
 
 def without_end(encoder: Encoder, samples: Sequence[Sample]) -> list[EncodedSample]:
-    """Token ids of prompt and response, and no end of sequence behind them."""
+    """Token ids of prompt and response, and no end of sequence or turn behind them.
+
+    Of a conversation the last answer alone counts.
+    """
     return [
-        replace(each, input_ids=each.input_ids[:-1])
-        if each.n_response > 1 and each.input_ids[-1] == encoder.end_id
-        else each
+        replace(each, input_ids=each.input_ids[:-1], earlier=())
+        if each.n_response > 1 and each.input_ids[-1] in encoder.stop_ids
+        else replace(each, earlier=())
         for each in encoder.encode_all(samples)
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p2d_core.evaluation.generation import generate
+from p2d_core.evaluation.generation import generate, without_reasoning
 from p2d_core.evaluation.metric import EvaluationSpec
 from p2d_core.models import checked_losses
 from p2d_core.progress import Progress, no_progress
@@ -67,6 +67,15 @@ class Evidence:
             budget=self.budget,
             progress=self.progress,
         )
+
+    @cached_property
+    def compared(self) -> list[tuple[str, str]]:
+        """Of each sample the response and the answer; of a chat without reasoning before them."""
+        said = without_reasoning if self.encoder.chat is not None else str
+        return [
+            (said(sample.response), said(answer))
+            for sample, answer in zip(self.samples, self.answers, strict=True)
+        ]
 
     def log_likelihoods(self, encoded: Sequence[EncodedSample]) -> Tensor:
         """Sum of the log-probabilities (nats) of each response's tokens; float64.

@@ -32,8 +32,8 @@ class ExactMatch:
         """In [0, 1]."""
         pattern = seen.spec.answer_pattern
         matches = []
-        for sample, answer in zip(seen.samples, seen.answers, strict=True):
-            right = answer_of(sample.response, pattern)
+        for response, answer in seen.compared:
+            right = answer_of(response, pattern)
             matches.append(right is not None and answer_of(answer, pattern) == right)
         return Measured(sum(matches) / len(matches), matches, {"answer": seen.answers})
 

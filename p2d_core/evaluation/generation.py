@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,20 @@ import torch
 
 from p2d_core.progress import Progress, no_progress
 from p2d_core.samples.tokens import EncodedSample, Encoder, TokenBudget, collate, each_batch
+
+
+def stop_ids(model: Any, encoder: Encoder) -> int | list[int]:
+    """Where an answer ends; in a chat also where the model's own settings say so."""
+    if encoder.chat is None:
+        return encoder.end_id
+    own = getattr(model.generation_config, "eos_token_id", None)
+    also = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*encoder.stop_ids, *also})
+
+
+def without_reasoning(text: str) -> str:
+    """The answer behind what a model thinks before it, where that is marked."""
+    return re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)
 
 
 @torch.inference_mode()
@@ -48,7 +63,7 @@ def generate(
             do_sample=False,
             num_beams=1,
             pad_token_id=encoder.pad_id,
-            eos_token_id=encoder.end_id,
+            eos_token_id=stop_ids(model, encoder),
         )
         new = output[:, batch["input_ids"].shape[1] :]
         return list(encoder.tokenizer.batch_decode(new, skip_special_tokens=True))

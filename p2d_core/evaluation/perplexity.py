@@ -34,7 +34,7 @@ class Perplexity:
         Raises:
             NumericalError: e to a loss is more than a number can say.
         """
-        tokens = torch.tensor([each.n_response for each in seen.encoded], dtype=torch.float64)
+        tokens = torch.tensor([each.n_learnt for each in seen.encoded], dtype=torch.float64)
         mean = float((seen.losses * tokens).sum() / tokens.sum())
         return Measured(_exp(mean), [_exp(loss) for loss in seen.losses.tolist()])
 

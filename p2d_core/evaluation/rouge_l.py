@@ -42,7 +42,7 @@ class RougeL:
 
         scorer = RougeScorer(["rougeL"], use_stemmer=USE_STEMMER)
         values = [
-            float(scorer.score(sample.response, answer)["rougeL"].fmeasure)
-            for sample, answer in zip(seen.samples, seen.answers, strict=True)
+            float(scorer.score(response, answer)["rougeL"].fmeasure)
+            for response, answer in seen.compared
         ]
         return Measured(sum(values) / len(values), values, {"answer": seen.answers})

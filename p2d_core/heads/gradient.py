@@ -33,7 +33,7 @@ class Gradient:
         samples = evidence.checked_samples()
         model, layers = evidence.model, evidence.layers
         weights = [module_weights(model, layer) for layer in layers]
-        n_tokens = sum(sample.n_response for sample in samples)
+        n_tokens = sum(sample.n_learnt for sample in samples)
         n_batches = sum(1 for _ in batches(samples, evidence.batch_size))
         # float32 sums: gradients of many batches in bf16 would swallow the small ones
         sums = [

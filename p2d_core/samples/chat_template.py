@@ -1,4 +1,4 @@
-"""A tokenizer's own chat template, and which of the text that it writes an assistant has to learn."""
+"""A tokenizer's own chat template, and which of the text that it writes is learnt."""
 
 import os
 import re
@@ -25,6 +25,15 @@ _FIXED_DATE = (
 """Some templates write today's date: tokens, and what is kept of them, would change overnight."""
 
 
+_MARKERS = tuple(mark_control_tokens("x", re.compile("x")).split("x"))
+"""What stands around a special token that is part of a turn's text."""
+
+
+def has_marked_tokens(text: str) -> bool:
+    """Whether some special tokens in it are text, see `ChatTemplate`."""
+    return any(marker in text for marker in _MARKERS)
+
+
 class TemplateProblem(Exception):
     """Why a template does not take some turns; the sample is known to the caller."""
 
@@ -45,10 +54,11 @@ class Rendered:
 class ChatTemplate:
     """Renders turns as the tokenizer's template does, in transformers' sandbox.
 
-    An assistant turn is learnt from where the generation prompt ends up to and with its end-of-turn
-    token. Where the template marks what is generated (``{% generation %}``) the marks say it. Else
-    it follows from prefixes: the turns before it with the generation prompt, and the turns up to it,
-    have to be how the whole begins. The last turn always is learnt, or the conversation refused.
+    An assistant turn is learnt from where the generation prompt ends, up to and with its
+    end-of-turn token. Where the template marks what is generated (``{% generation %}``) the marks
+    say it. Else it follows from prefixes: the turns before it with the generation prompt, and the
+    turns up to it, have to be how the whole begins; an earlier turn that the template writes in
+    another way later on is not learnt. The last turn always is, or the conversation is refused.
 
     Special tokens that a turn's text names are text and no tokens: a text cannot end its own turn.
 
@@ -68,7 +78,7 @@ class ChatTemplate:
             ) from error
         self.is_marked = bool(_MARKED.search(template))
         self._template = (_FIXED_DATE if "strftime_now" in template else "") + template
-        self._variables = {key: value for key, value in tokenizer.special_tokens_map.items()}
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
         special |= set(tokenizer.all_special_tokens)
@@ -95,31 +105,40 @@ class ChatTemplate:
             mark_control_tokens(asdict(turn), self._is_special) for turn in turns
         ]
         whole, marks = self._text(messages, marked=self.is_marked)
-        if "assistant" not in [turn.role for turn in turns[-1:]]:
-            raise TemplateProblem("the last turn is not an assistant's.")
         asked = self._text(messages[:-1], asking=True)[0]
         if not whole.startswith(asked):
-            raise TemplateProblem(
-                "it does not begin an answer as its generation prompt does "
-                f"({asked[-40:]!r} against {whole[: len(asked)][-40:]!r})."
-            )
-        found = self._by_marks(whole, marks, len(asked)) if self.is_marked else []
-        n_assistant = sum(turn.role == "assistant" for turn in turns)
-        if not self.is_marked:
-            found = self._by_prefixes(whole, messages)
-            last = self._end(whole, whole, len(asked), messages[-1]["content"])
-            if last is None:
-                raise TemplateProblem("it leaves the text of the last turn out, or changes it.")
-            found.append((len(asked), last))
+            whole = asked + self._answer(messages[-1])
+        found = (
+            self._by_marks(whole, marks, len(asked))
+            if self.is_marked
+            else self._by_prefixes(whole, messages, len(asked))
+        )
         pieces, upto = [], 0
         for start, end in found:
             pieces += [whole[upto:start], whole[start:end]]
             upto = end
+        # what is said before anybody asks is no answer, and not learnt
+        n_answers = sum(turn.role == "assistant" for turn in turns[1:])
         return Rendered(
             pieces=tuple(pieces),
             is_ended=self._ends_special(pieces[-1]),
-            n_rewritten=0 if self.is_marked else n_assistant - len(found),
+            n_rewritten=0 if self.is_marked else n_answers - len(found),
         )
+
+    def _answer(self, message: dict[str, str]) -> str:
+        """An answer's text where the whole is not what the model is asked with, going on.
+
+        Mistral's template shows the system's turn only while a question is the last turn.
+        """
+        pair = [{"role": "user", "content": "?"}, message]
+        asked, whole = self._text(pair[:1], asking=True)[0], self._text(pair)[0]
+        end = self._end(whole, whole, len(asked), message["content"])
+        if end is None or self.is_marked or not whole.startswith(asked):
+            raise TemplateProblem(
+                "an answer does not begin as its generation prompt does "
+                f"({asked[-40:]!r} against {whole[: len(asked)][-40:]!r})."
+            )
+        return whole[len(asked) : end]
 
     def _by_marks(
         self, whole: str, marks: Sequence[tuple[int, int]], answer: int
@@ -141,8 +160,10 @@ class ChatTemplate:
         after = self._is_special.match(whole, end)
         return after.end() if after else end
 
-    def _by_prefixes(self, whole: str, messages: list[dict[str, str]]) -> list[tuple[int, int]]:
-        """The earlier assistant turns that stand in the whole as they were asked for."""
+    def _by_prefixes(
+        self, whole: str, messages: list[dict[str, str]], answer: int
+    ) -> list[tuple[int, int]]:
+        """The answers that stand in the whole as they were asked for; the last one has to."""
         spans = []
         for place, message in enumerate(messages[:-1]):
             if message["role"] != "assistant" or place == 0:
@@ -152,11 +173,14 @@ class ChatTemplate:
             end = self._end(whole, upto, len(asked), message["content"])
             if end is not None and whole.startswith(asked):
                 spans.append((len(asked), end))
-        return spans
+        last = self._end(whole, whole, answer, messages[-1]["content"])
+        if last is None:
+            raise TemplateProblem("it leaves the text of the last turn out, or changes it.")
+        return [*spans, (answer, last)]
 
     def _end(self, whole: str, upto: str, start: int, content: str) -> int | None:
         """Where the turn ends that ``upto`` ends with; None where the whole has it otherwise."""
-        shared = os.path.commonprefix([whole, upto])
+        shared = os.path.commonprefix([whole, upto])  # noqa: RUF071 (characters are meant)
         text = re.escape(content.strip())
         if ended := re.compile(rf"{text}\s*(?:{self._special})").search(shared, start):
             return ended.end()
@@ -167,7 +191,8 @@ class ChatTemplate:
         self, messages: list[dict[str, str]], *, asking: bool = False, marked: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            texts, marks = render_jinja_template(
+            # transformers does not type what it returns beside the texts
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 chat_template=self._template,
                 add_generation_prompt=asking,
@@ -178,10 +203,11 @@ class ChatTemplate:
             # a template may raise anything; jinja2's own errors are many
             said = " ".join(str(error).split())[:200].rstrip(".")
             raise TemplateProblem(f"it refuses the turns ({said}).") from error
+        texts, marks = rendered
         return texts[0], marks[0] if marked else []
 
     def _ends_special(self, text: str) -> bool:
         return re.search(rf"(?:{self._special})\Z", text) is not None
 
     def _last_special(self, text: str) -> str:
-        return self._is_special.findall(text)[-1]
+        return str(self._is_special.findall(text)[-1])

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from p2d_core.errors import DataError, SettingsError
+from p2d_core.samples.chat_tokens import ChatEncoding, ChatIds
 from p2d_core.samples.schema import Sample
 
 IGNORED_LABEL = -100
@@ -32,8 +33,11 @@ class TextFormat:
     """
 
     separator: str = "\n"
+    """Not used by ``chat``."""
     max_tokens: int = 1024
     """Of prompt and response together, special tokens included."""
+    template: Literal["plain", "chat"] = "plain"
+    """chat: every sample is written by the tokenizer's chat template, see `ChatEncoding`."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 4:
@@ -50,6 +54,8 @@ class EncodedSample:
     sample_id: str
     input_ids: list[int]
     n_prompt: int
+    earlier: tuple[tuple[int, int], ...] = ()
+    """Where in the prompt earlier answers stand that are learnt too: start and end of each."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -58,6 +64,11 @@ class EncodedSample:
     def n_response(self) -> int:
         """Response tokens, the end of sequence included; at least 1."""
         return len(self.input_ids) - self.n_prompt
+
+    @property
+    def n_learnt(self) -> int:
+        """Tokens that the loss is on: those of the response and of earlier answers."""
+        return self.n_response + sum(end - start for start, end in self.earlier)
 
 
 class Encoder:
@@ -70,8 +81,12 @@ class Encoder:
     token loses its end, and then has no end of sequence. Special tokens that a text names
     count as these tokens, so that a template can write the turns of a chat.
 
+    With ``template: chat`` all of this is the chat template's doing: see `ChatEncoding`.
+
     Raises:
-        DataError: the tokenizer has neither end of sequence nor padding, or a text has no tokens.
+        DataError: the tokenizer has neither end of sequence nor padding, a text has no tokens, or
+            the chat template refuses a sample.
+        ModelError: there is no chat template that can be used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, fmt: TextFormat | None = None) -> None:
@@ -87,6 +102,7 @@ class Encoder:
         self.end_id: int = pad if end is None else end
         self.pad_id: int = end if pad is None else pad
         self._start: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.chat = ChatEncoding(tokenizer) if self.format.template == "chat" else None
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Token ids of one sample."""
@@ -103,7 +119,18 @@ class Encoder:
         if pending:
             yield from self._encode_batch(pending)
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens at which an answer ends."""
+        end = None if self.chat is None else self.chat.end_id
+        return [self.end_id] if end is None or end == self.end_id else [end, self.end_id]
+
     def _encode_batch(self, samples: Sequence[Sample]) -> Iterator[EncodedSample]:
+        if self.chat is not None:
+            chats = self.chat.encoded(samples, self.format.max_tokens, self.end_id)
+            for sample, chat in zip(samples, chats, strict=True):
+                yield self._cut(sample, chat)
+            return
         prompts = self._tokenized("prompt", samples)
         responses = self._tokenized("response", samples)
         for sample, prompt, response in zip(samples, prompts, responses, strict=True):
@@ -111,6 +138,21 @@ class Encoder:
             prompt = self._prompt(prompt, self.format.max_tokens - len(response))
             response = response[: self.format.max_tokens - len(prompt)]
             yield EncodedSample(sample.sample_id, prompt + response, len(prompt))
+
+    def _cut(self, sample: Sample, chat: ChatIds) -> EncodedSample:
+        """As `_encode_batch` cuts, where a beginning of sequence was written."""
+        most = self.format.max_tokens
+        n_start = len(self._start) if chat.prompt[:1] == self._start else 0
+        kept = max(1, most - len(chat.response) - n_start)
+        n_cut = max(0, len(chat.prompt) - n_start - kept)
+        prompt = chat.prompt[:n_start] + chat.prompt[n_start + n_cut :]
+        earlier = tuple(
+            (max(start - n_cut, n_start, 1), end - n_cut)
+            for start, end in chat.earlier
+            if end - n_cut > max(n_start, 1)
+        )
+        response = chat.response[: most - len(prompt)]
+        return EncodedSample(sample.sample_id, prompt + response, len(prompt), earlier)
 
     def _prompt(self, ids: list[int], most: int) -> list[int]:
         kept = max(1, most - len(self._start))
@@ -235,7 +277,7 @@ def collate(
 ) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask``, ``labels``: int64, shape ``[samples, longest]``.
 
-    Labels are `IGNORED_LABEL` on the prompt and on padding.
+    Labels are `IGNORED_LABEL` on padding and on the prompt, but for earlier answers in it.
     """
     longest = max(len(each) for each in encoded)
     shape = (len(encoded), longest)
@@ -248,5 +290,6 @@ def collate(
         ids = torch.tensor(each.input_ids, dtype=torch.long)
         input_ids[row, start:end] = ids
         attention_mask[row, start:end] = 1
-        labels[row, start + each.n_prompt : end] = ids[each.n_prompt :]
+        for first, last in (*each.earlier, (each.n_prompt, len(each))):
+            labels[row, start + first : start + last] = ids[first:last]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
