@@ -6,11 +6,13 @@ import torch
 from p2d_core.evaluation import EvaluationSpec
 from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.evaluation.exact_match import answer_of
+from p2d_core.evaluation.generation import without_reasoning
 from p2d_core.models import load_model, load_tokenizer
 from p2d_core.samples.read import SourceSpec, read_samples
 from p2d_core.samples.schema import Sample, sample_id_of
 from p2d_core.samples.tokens import Encoder, TextFormat
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
+from tests.chat_base import save_chat_base
 
 CPU = torch.device("cpu")
 
@@ -96,3 +98,37 @@ def test_loss_is_the_mean_over_samples_of_their_mean_over_tokens(base, encoder):
 )
 def test_what_of_an_answer_is_compared(text, pattern, answer):
     assert answer_of(text, pattern) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\n2 + 2\n</think>\n\n4", "\n\n4"),
+        ("<think>\n\n</think>\n\n<think> is a tag", "\n\n<think> is a tag"),
+        ("4 <think>not reasoning</think>", "4 <think>not reasoning</think>"),
+        ("<think>it never ends", "<think>it never ends"),
+    ],
+)
+def test_reasoning_before_an_answer_is_not_compared(text, answer):
+    assert without_reasoning(text) == answer
+
+
+def test_a_chat_is_asked_with_the_generation_prompt_and_stops_where_the_model_says(tmp_path):
+    """The model is random: a token that it says is made one of its ends."""
+    model = load_model(save_chat_base(tmp_path), "float32", CPU)
+    chat = Encoder(load_tokenizer(tmp_path), TextFormat(template="chat"))
+    asked = [Sample(sample_id_of("One?", "1 and 2"), "s", "One?", "1 and 2", 0)]
+    spec = EvaluationSpec("exact_match", max_new_tokens=6)
+
+    def answer() -> str:
+        return evaluate(model, chat, asked, spec, device=CPU).samples["answer"].to_pylist()[0]
+
+    prompt = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "One?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    said = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :].tolist()
+    assert answer() == chat.tokenizer.decode(said, skip_special_tokens=True)
+    model.generation_config.eos_token_id = [said[2]]
+    upto = said.index(said[2]) + 1
+    assert answer() == chat.tokenizer.decode(said[:upto], skip_special_tokens=True)
+    assert upto < len(said)

@@ -125,7 +125,7 @@ SPECIALS = {"llama3": "<|eot_id|>", "mistral_v0_3": "</s>", "gemma2": "<end_of_t
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3"])
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_learnt_tokens_of_any_conversation_say_its_answers(family, data):
     tokenizer = chat_tokenizer(family)
@@ -317,7 +317,7 @@ def test_the_beginning_of_sequence_survives_a_cut():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(max_tokens=st.integers(4, 120), n=st.integers(1, 4))
 def test_what_holds_of_every_cut(family, max_tokens, n):
     said = [each for i in range(n) for each in ((USER, f"What is {i}?"), (ASSISTANT, f"It is {i}"))]
