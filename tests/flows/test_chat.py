@@ -64,10 +64,10 @@ class ChatJob:
         self.folder, self.store = folder, folder / "artifacts"
         # the end of a turn is not the end of sequence: what is generated has to stop at the former
         save_chat_base(folder / "base", eos="<|endoftext|>")
-        write(folder / "target.jsonl", [sharegpt(i) for i in range(30)])
-        write(folder / "chats.jsonl", [openai(i) for i in range(100, 130)])
-        write(folder / "texts.jsonl", [texts(i) for i in range(200, 230)])
-        write(folder / "test.jsonl", [sharegpt(i) for i in range(300, 306)])
+        write(folder / "target.jsonl", [sharegpt(i) for i in range(24)])
+        write(folder / "chats.jsonl", [openai(i) for i in range(100, 116)])
+        write(folder / "texts.jsonl", [texts(i) for i in range(200, 216)])
+        write(folder / "test.jsonl", [sharegpt(i) for i in range(300, 304)])
         self.values = {
             "name": "chat",
             "base": "base",
@@ -75,7 +75,7 @@ class ChatJob:
             "corpus": {"sources": [{"path": "chats.jsonl"}, {"path": "texts.jsonl"}]},
             "evaluation": {"source": {"path": "test.jsonl"}, "metric": "exact_match"},
             "format": {"max_tokens": 256},
-            "proxy": {"samples": 10, "held_out": 8, "epochs": 1},
+            "proxy": {"samples": 8, "held_out": 6, "epochs": 1},
             "heads": {"ranker": "frobenius", "proxy_epochs": 1},
             "selection": {"fraction": 0.5},
             "training": {"adaptation": "full", "epochs": 8, "learning_rate": 0.01},
@@ -178,13 +178,13 @@ def test_the_format_says_whether_the_template_is_used(job):
     # without conversations auto is plain, and keys are what they were before there were templates
     job.values["target"] = {"path": "texts.jsonl"}
     job.values["corpus"] = {"sources": []}
-    job.values["evaluation"] = {"samples": 5}
+    job.values["evaluation"] = {"samples": 1}
     assert set(identity(job)) == plain
     assert identity(job, template="chat")["template"] == "chat"
 
 
 def test_messages_named_in_the_settings_are_read(job):
-    write(job.folder / "target.jsonl", [{"talk": openai(i)["messages"]} for i in range(30)])
+    write(job.folder / "target.jsonl", [{"talk": openai(i)["messages"]} for i in range(24)])
     job.values["target"] = {"path": "target.jsonl", "messages": "talk"}
     assert identity(job)["template"] == "chat"
 
