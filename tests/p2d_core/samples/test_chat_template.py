@@ -1,5 +1,7 @@
 """What of a chat is learnt, under the templates of models that people use."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +109,33 @@ def test_token_ids_are_those_of_apply_chat_template(family):
         messages[:-1], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     assert asked == encoded.input_ids[: encoded.n_prompt]
+
+
+def test_no_space_is_put_before_an_answer_that_has_none():
+    """SentencePiece puts one before a text's first word, and an answer is not that."""
+    tokenizer = copy.deepcopy(chat_tokenizer("mistral_v0_3"))
+    tokenizer.chat_template = (  # Mistral Nemo's, in short
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    messages = [{"role": role, "content": content} for role, content in SAID]
+    encoded = Encoder(tokenizer, TextFormat(template="chat")).encode(sample(*SAID))
+    assert encoded.input_ids == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+def test_an_answer_that_would_melt_into_the_generation_prompt_is_tokenised_apart():
+    """Its prompt is what the model is asked with, whatever the answer begins with."""
+    tokenizer = tiny_bpe(["assistant\n    x"] * 20, 400, **CHATML)
+    tokenizer.chat_template = chat_tokenizer("qwen2_5").chat_template
+    said = ((USER, "One?"), (ASSISTANT, "    x"))
+    encoded = Encoder(tokenizer, TextFormat(template="chat")).encode(sample(*said))
+    messages = [{"role": role, "content": content} for role, content in said]
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert whole[: len(asked)] != asked  # it does melt
+    assert encoded.input_ids[: encoded.n_prompt] == asked
+    assert tokenizer.decode(encoded.input_ids[encoded.n_prompt :]) == "    x<|im_end|>"
 
 
 def test_marks_give_the_mask_that_transformers_gives():
