@@ -239,6 +239,16 @@ def test_an_end_of_text_behind_the_last_turn_hides_no_earlier_one():
     assert rendered.n_rewritten == 0
 
 
+def test_an_earlier_answer_that_was_asked_for_in_another_way_is_not_learnt():
+    other = WITH_END_AT_THE_END.replace(
+        "{{ '<|im_start|>assistant\n' }}",
+        "{{ '<|im_start|>' + ('asst' if messages[-1].content == 'One?' else 'assistant') + '\n' }}",
+    )
+    rendered = ChatTemplate(with_template(other)).render(turns(*SAID))
+    assert rendered.pieces[1::2] == ("It is 2.<|im_end|>",)
+    assert rendered.n_rewritten == 1
+
+
 MARKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}BODY{% endgeneration %}END{% else %}"
