@@ -181,6 +181,9 @@ def test_the_format_says_whether_the_template_is_used(job):
     job.values["evaluation"] = {"samples": 1}
     assert set(identity(job)) == plain
     assert identity(job, template="chat")["template"] == "chat"
+    target = SourceInput(SourceSpec("s", "file"), "sha")
+    named = SourceInput(SourceSpec("s", "file", messages="talk"), "sha")
+    assert set(named.identity) - set(target.identity) == {"messages"}
 
 
 def test_messages_named_in_the_settings_are_read(job):
