@@ -154,8 +154,11 @@ def test_a_template_that_refuses_the_system_turn_is_refused_before_anything_star
 ):
     save_chat_base(job.folder / "gemma", "gemma2")
     job.values["base"] = "gemma"
+    write(job.folder / "target.jsonl", [openai(i) for i in range(24)])
+    write(job.folder / "test.jsonl", [openai(i) for i in range(300, 304)])
+    write(job.folder / "chats.jsonl", [openai(100), sharegpt(101)])
     said = refusal(job, command)
-    assert "row 1 of source 'target': the base's chat template does not take this" in said
+    assert "row 2 of source 'chats': the base's chat template does not take this" in said
     assert "System role not supported" in said
 
 
