@@ -156,7 +156,9 @@ def test_a_template_that_refuses_the_system_turn_is_refused_before_anything_star
     job.values["base"] = "gemma"
     write(job.folder / "target.jsonl", [openai(i) for i in range(24)])
     write(job.folder / "test.jsonl", [openai(i) for i in range(300, 304)])
-    write(job.folder / "chats.jsonl", [openai(100), sharegpt(101)])
+    system = {"role": "system", "content": "Be brief."}
+    with_system = {"messages": [system, *openai(101)["messages"]]}
+    write(job.folder / "chats.jsonl", [openai(100), with_system])
     said = refusal(job, command)
     assert "row 2 of source 'chats': the base's chat template does not take this" in said
     assert "System role not supported" in said
