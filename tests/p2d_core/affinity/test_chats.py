@@ -1,4 +1,7 @@
-"""Scorers and rankers on conversations: they see what training sees."""
+"""Scorers and metrics on conversations: they see what training sees."""
+
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import torch
 from p2d_core.affinity import scorers
 from p2d_core.affinity.in_context import draw_contexts
 from p2d_core.affinity.measuring import measure_shard
+from p2d_core.evaluation import EvaluationSpec
+from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.models import CapturedModel
 from p2d_core.samples.messages import MessageMap
 from p2d_core.samples.schema import Sample
@@ -69,3 +74,35 @@ def test_a_query_in_context_is_answered_with_its_last_answer(chats):
         assert tuple(whole.input_ids[whole.n_prompt :]) in answers
         assert whole.input_ids[context.start : context.stop] == candidate.input_ids
         assert whole.earlier == ()
+
+
+def test_perplexity_is_of_the_tokens_of_all_answers(chats):
+    encoded = chats.encode(CHATS)
+    sums = [loss_on(chats, e, [*e.earlier, (e.n_prompt, len(e))]) * e.n_learnt for e in encoded]
+    expected = math.exp(sum(sums) / sum(e.n_learnt for e in encoded))
+    spec = EvaluationSpec("perplexity")
+    found = evaluate(chats.model, chats.encoder, CHATS, spec, device=chats.device)
+    assert found.metrics["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_choice_is_a_last_answer_without_its_end(chats):
+    choices = ["yes", "no", "perhaps it is"]
+    likelihoods = []
+    for choice in choices:
+        (each,) = chats.encoder.encode_all([replace(CHATS[0], response=choice)])
+        assert chats.tokenizer.decode(each.input_ids[each.n_prompt :]) == f"{choice}<|eot_id|>"
+        own = EncodedSample("", each.input_ids[:-1], each.n_prompt)
+        likelihoods.append(-loss_on(chats, own, [(own.n_prompt, len(own))]) * own.n_response)
+    best = likelihoods.index(max(likelihoods))
+    messages = [
+        {"role": "user", "content": f"What is {0}?"},
+        {"role": "assistant", "content": "It is 0."},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": choices[best]},
+    ]
+    row = {"messages": messages, "choices": choices}
+    asked = MessageMap(("messages",)).sample_of(row, "chats", 0)
+    spec = EvaluationSpec("accuracy", choices="choices")
+    found = evaluate(chats.model, chats.encoder, [asked], spec, device=chats.device)
+    assert found.samples["chosen"].to_pylist() == [best]
+    assert found.metrics["accuracy"] == 1
