@@ -11,6 +11,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.engine import engine_of
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
@@ -75,7 +76,8 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
             _begun.reset(begun)
 
     try:
-        return launch(store, run, finished)
+        with engine_of(settings, inputs.base):
+            return launch(store, run, finished)
     finally:
         _done.reset(done)
 
@@ -100,7 +102,7 @@ def adapt(settings: RunSettings, store: str | None = None, head_map: str | None 
     folder = store_folder(store)
     settings = pinned(anchored(settings, Path.cwd()))
     inputs = check_inputs(settings, ranked_bases(Store(folder)))
-    with on_worker(folder) as run_id:
+    with engine_of(settings, inputs.base), on_worker(folder) as run_id:
         return adapt_to(settings, run_id, inputs, folder, head_map)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.engine import all_at_once, engine_of
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
@@ -82,7 +85,8 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
             _begun.reset(begun)
 
     try:
-        return launch(store, run, finished)
+        with engine_of(settings, next(iter(checked.values())).base):
+            return launch(store, run, finished)
     finally:
         _done.reset(done)
 
@@ -140,7 +144,8 @@ def compare(settings: RunSettings, store: str | None = None) -> ArtifactRef:
         return run_arms(settings, *begun, folder)
     settings = pinned(anchored(settings, Path.cwd()))
     checked = checked_arms(grid_of(settings), ranked_bases(Store(folder)))
-    with on_worker(folder) as run_id:
+    engine = engine_of(settings, next(iter(checked.values())).base)
+    with engine, on_worker(folder) as run_id:
         return run_arms(settings, run_id, checked, folder)
 
 
@@ -149,25 +154,23 @@ def run_arms(
 ) -> ArtifactRef:
     """Every arm, within a flow; one that fails is shown as failed and takes no other with it."""
     grid = grid_of(settings)
+    first = next(iter(grid.arms))
+    of_seed = [Seed(settings, seed, inputs[first, seed], store, run_id) for seed in grid.seeds]
+    # what every arm of a seed is held against, and then the arms: these are told its price
+    references = [work for seed in of_seed for work in seed.references()]
+    arms = [
+        (arm, seed.seed, partial(seed.arm, arm, its, inputs[arm, seed.seed]))
+        for seed in of_seed
+        for arm, its in grid.arms.items()
+    ]
     runs: list[ArmRun] = []
-    total = len(grid.seeds) * (len(grid.arms) + 1 + settings.compare.everything)
     with progress_of("arms") as progress:
-        for seed in grid.seeds:
-            first = next(iter(grid.arms))
-            of_seed = Seed(settings, seed, inputs[first, seed], store, run_id)
-            runs.append(attempt(Arm(BASE, NONE, NONE, 0.0), seed, of_seed.base))
-            progress(len(runs), total)
-            if settings.compare.everything:
-                runs.append(attempt(Arm(EVERYTHING, NONE, "full", 1.0), seed, of_seed.everything))
-                progress(len(runs), total)
-            for arm, chosen in grid.arms.items():
-                its = chosen.model_copy(update={"seed": seed})
-
-                def one(its: RunSettings = its, arm: Arm = arm, of_seed: Seed = of_seed) -> ArmRun:
-                    return of_seed.arm(arm, its, inputs[arm, of_seed.seed])
-
-                runs.append(attempt(arm, seed, one))
-                progress(len(runs), total)
+        for works in (references, arms):
+            for run in all_at_once([partial(attempt, *work) for work in works]):
+                runs.append(run)
+                progress(len(runs), len(references) + len(arms))
+    # a seed after the other, whichever was done first
+    runs.sort(key=lambda run: grid.seeds.index(run.seed))
     metric = settings.evaluation.metric
     done = compare_arms(
         make_runtime(settings, store, run_id),
@@ -213,6 +216,7 @@ class Seed:
         self.shared = self._run(self.settings, inputs)
         self.full: ArtifactRef | None = None
         self._data: Data | None = None
+        self._reading = threading.Lock()
 
     def _run(self, settings: RunSettings, inputs: Inputs) -> Run:
         runtime = make_runtime(settings, self.store, self.run_id)
@@ -220,9 +224,17 @@ class Seed:
 
     @property
     def data(self) -> Data:
-        if self._data is None:
-            self._data = read_data(self.shared)
-        return self._data
+        with self._reading:
+            if self._data is None:
+                self._data = read_data(self.shared)
+            return self._data
+
+    def references(self) -> list[tuple[Arm, int, Callable[[], ArmRun]]]:
+        """What its arms are held against."""
+        works = [(Arm(BASE, NONE, NONE, 0.0), self.seed, self.base)]
+        if self.settings.compare.everything:
+            works.append((Arm(EVERYTHING, NONE, "full", 1.0), self.seed, self.everything))
+        return works
 
     def base(self) -> ArmRun:
         """The base model as it is."""
@@ -247,7 +259,7 @@ class Seed:
 
     def arm(self, arm: Arm, settings: RunSettings, inputs: Inputs) -> ArmRun:
         """Heads where they are looked at, scores, subset, training, evaluation."""
-        run = self._run(settings, inputs)
+        run = self._run(settings.model_copy(update={"seed": self.seed}), inputs)
         data = self.data
         heads = find_heads(run, data.target) if arm.ranker != NONE else None
         scores = score_corpus(run, data, heads, inputs.scorer)

@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
+from flows.engine import engine_of
 from flows.hub import base_name, pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
@@ -88,7 +89,8 @@ def run_refresh(
         finally:
             _begun.reset(begun)
 
-    return launch(store, run, [])
+    with engine_of(settings, inputs.base):
+        return launch(store, run, [])
 
 
 @flow(name="refresh-head-map", flow_run_name=refresh_name, persist_result=False)
@@ -112,7 +114,7 @@ def refresh_head_map(
         return told(settings, begun[1], folder, done)
     settings = pinned(anchored(settings, Path.cwd()))
     inputs = checked(settings, folder)
-    with on_worker(folder) as run_id:
+    with engine_of(settings, inputs.base), on_worker(folder) as run_id:
         return told(settings, inputs, folder, look(settings, run_id, inputs, folder, margin, draws))
 
 

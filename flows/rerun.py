@@ -10,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.adapt import adapt_to, given_head_map
+from flows.engine import engine_of
 from flows.hub import pinned
 from flows.inputs import check_inputs
 from flows.launch import on_worker, ranked_bases, run_name, store_folder
@@ -50,7 +51,7 @@ def rerun_from_head_map(
     changed = pinned(anchored(with_other_budget(settings, fraction, corpus), Path.cwd()))
     inputs = check_inputs(changed, ranked_bases(Store(folder)))
     given_head_map(Store(folder), head_map, inputs, changed.target.name)
-    with on_worker(folder) as run_id:
+    with engine_of(changed, inputs.base), on_worker(folder) as run_id:
         return adapt_to(changed, run_id, inputs, folder, head_map)
 
 

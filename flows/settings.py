@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from flows.plain_yaml import NotPlain, plain_yaml, shortened
+from flows.settings_base import Count, CountOrZero, Positive, Section, Share, ShareOrZero
 from flows.settings_errors import explain
+from flows.settings_ray import RaySettings
 from p2d_core.errors import SettingsError
 
 MOST_BYTES = 2**20
@@ -18,11 +20,6 @@ MOST_BYTES = 2**20
 LONGEST_PATH = 1000
 """Characters."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
-ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
 Arm = Literal["base", "p2d", "proxy", "random", "full"]
 
 
@@ -34,24 +31,7 @@ def _pattern(text: str | None) -> str | None:
     return text
 
 
-def _in_order(schema: dict[str, Any]) -> None:
-    """Prefect's database sorts keys; its form goes by this."""
-    for position, field in enumerate(schema.get("properties", {}).values()):
-        field["position"] = position
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        json_schema_extra=_in_order,
-        # of sections too, which Prefect's form would show without a name
-        field_title_generator=lambda name, _: name.replace("_", " ").capitalize(),
-    )
-
-
-class SourceSettings(_Settings):
+class SourceSettings(Section):
     """Where samples come from: JSON, JSONL, CSV or Parquet files, or a hub dataset."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -78,7 +58,7 @@ class SourceSettings(_Settings):
     """Commit, branch or tag of a hub dataset; the newest if empty."""
 
 
-class CorpusSettings(_Settings):
+class CorpusSettings(Section):
     """The candidate pool that samples are chosen from."""
 
     sources: tuple[SourceSettings, ...] = ()
@@ -87,7 +67,7 @@ class CorpusSettings(_Settings):
     """Also take the target's samples that the proxy set and the evaluation leave over."""
 
 
-class FormatSettings(_Settings):
+class FormatSettings(Section):
     """How a sample becomes tokens: prompt, separator, response, end of text; or a chat."""
 
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -98,7 +78,7 @@ class FormatSettings(_Settings):
     """Tokens of a sample; longer prompts are cut from the left, chats by whole questions first."""
 
 
-class HarnessSettings(_Settings):
+class HarnessSettings(Section):
     """Tasks of EleutherAI's lm-eval on the base and the adapted model; needs p2d[eval]."""
 
     tasks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
@@ -115,7 +95,7 @@ class HarnessSettings(_Settings):
     """Which models: base, p2d, proxy, random, full; those that a run has not are left out."""
 
 
-class EvaluationSettings(_Settings):
+class EvaluationSettings(Section):
     """What the adapted model has to be able to do."""
 
     source: SourceSettings | None = None
@@ -142,7 +122,7 @@ class EvaluationSettings(_Settings):
     """Tasks of lm-eval, such as {tasks: [arc_easy], limit: 200}; needs p2d[eval]."""
 
 
-class ProxySettings(_Settings):
+class ProxySettings(Section):
     """The short fine-tuning of all attention projections on a few target samples."""
 
     samples: Annotated[int, Field(ge=2)] = 100
@@ -157,7 +137,7 @@ class ProxySettings(_Settings):
     """Samples in a step."""
 
 
-class HeadsSettings(_Settings):
+class HeadsSettings(Section):
     """Which query heads count as task heads."""
 
     ranker: str = "spad"
@@ -180,7 +160,7 @@ class HeadsSettings(_Settings):
     """Peak learning rate of that tuning."""
 
 
-class ScoringSettings(_Settings):
+class ScoringSettings(Section):
     """How every sample of the corpus gets its affinity."""
 
     scorer: str = "head-filter"
@@ -193,7 +173,7 @@ class ScoringSettings(_Settings):
     """Tokens in a forward pass; cannot change a result."""
 
 
-class SelectionSettings(_Settings):
+class SelectionSettings(Section):
     """From affinities to the subset."""
 
     fraction: Share = 0.1
@@ -210,7 +190,7 @@ class SelectionSettings(_Settings):
     """SQL condition on the scores that a sample has to meet, such as "n_tokens < 200"."""
 
 
-class TrainingSettings(_Settings):
+class TrainingSettings(Section):
     """Fine-tuning on the subset."""
 
     adaptation: str = "heads"
@@ -233,7 +213,7 @@ class TrainingSettings(_Settings):
     """What each of several processes has of the model: all of it, or its share; by the launcher."""
 
 
-class ArmsSettings(_Settings):
+class ArmsSettings(Section):
     """What P2D is held against."""
 
     random: bool = True
@@ -246,7 +226,7 @@ class ArmsSettings(_Settings):
     """Steps that are timed when full is calibrated, after 3 that are not."""
 
 
-class TrackingSettings(_Settings):
+class TrackingSettings(Section):
     """Where runs are recorded."""
 
     experiment: str = "p2d"
@@ -257,7 +237,7 @@ class TrackingSettings(_Settings):
     """Further tags of the run."""
 
 
-class RegistrySettings(_Settings):
+class RegistrySettings(Section):
     """The adapter as a version of a registered model in MLflow, and when it becomes champion."""
 
     enabled: bool = True
@@ -268,7 +248,7 @@ class RegistrySettings(_Settings):
     """The champion has to be better than the base by this, in the metric's unit."""
 
 
-class Choice(_Settings):
+class Choice(Section):
     """A ranker, scorer or adaptation of a comparison."""
 
     name: str
@@ -295,7 +275,7 @@ Choices = Annotated[
 ]
 
 
-class CompareSettings(_Settings):
+class CompareSettings(Section):
     """The grid of `p2d compare`; `p2d adapt` does not look at it."""
 
     rankers: Choices = ("frobenius", "random")  # type: ignore[assignment]
@@ -312,7 +292,7 @@ class CompareSettings(_Settings):
     """Also full fine-tuning on the whole corpus; the AER is then against its measured time."""
 
 
-class RunSettings(_Settings):
+class RunSettings(Section):
     """One adaptation: from base, target and corpus to an adapted model and its AER."""
 
     name: str = "adapt"
@@ -341,6 +321,9 @@ class RunSettings(_Settings):
     """auto, cpu, cuda, cuda:1, mps; cannot change a result."""
     threads: CountOrZero = 0
     """CPU threads of torch; 0 takes what torch finds."""
+    engine: Literal["local", "ray"] = "local"
+    """Where models run: in this process, or on the workers of a Ray cluster."""
+    ray: RaySettings = RaySettings()
     skip_bad_rows: CountOrZero = 0
     """Rows of all data files that may be no samples; they are left out, with the reason kept."""
 

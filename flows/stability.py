@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.engine import engine_of
 from flows.hub import pinned
 from flows.inputs import check_inputs, make_runtime
 from flows.launch import launch
@@ -66,14 +67,15 @@ def run_stability(
     plugins = [_plugin(settings, name) for name in dict.fromkeys(names or [settings.heads.ranker])]
     several = settings.heads.model_copy(update={"average_over": draws})
     settings = pinned(settings.model_copy(update={"heads": several}))
-    check_inputs(settings)
+    base = check_inputs(settings).base
     named = stability.with_options(flow_run_name=f"{settings.name} stability")
     finished: list[Stability] = []
 
     def run(run_id: str) -> Stability:
         return named(settings, str(store.resolve()), plugins, run_id)
 
-    return launch(store, run, finished)
+    with engine_of(settings, base):
+        return launch(store, run, finished)
 
 
 def _plugin(settings: RunSettings, name: str) -> Plugin:

@@ -10,14 +10,16 @@ from typing import Any
 
 from prefect import unmapped
 
+from flows.engine import on_all_workers
 from flows.inputs import Inputs
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
-from p2d_core.aer import Reference, machine_name
+from p2d_core.aer import Reference
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import InUse, put_in_use
+from tasks.elsewhere import machine
 from tasks.evaluation import evaluate_model
 from tasks.harness import run_harness
 from tasks.heads import average_heads, head_map_in, rank_heads
@@ -236,10 +238,10 @@ def measure_corpus(
     each = [{"shard": s, "passing": p} for s, p in zip(shards, passing, strict=True)]
     rounds = spread_out("measurements", {"runtime": runtime, **measured_with}, each)
     made: dict[int, ArtifactRef] = {}
-    with progress_of("measurements (shards)") as progress:
+    with progress_of("measurements (shards)") as progress, on_all_workers(measure) as each_of:
         for places in filter(None, rounds):
-            futures = measure.map(
-                unmapped(runtime),
+            futures = each_of(
+                runtime=unmapped(runtime),
                 shard=[shards[place] for place in places],
                 passing=[passing[place] for place in places],
                 **{name: unmapped(value) for name, value in measured_with.items()},
@@ -356,7 +358,7 @@ def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
 
 def _machine(runtime: Runtime) -> str:
     """What decides how long a step takes, in words."""
-    words = [machine_name(), runtime.device, f"{runtime.threads} threads"]
+    words = [machine(), runtime.device, f"{runtime.threads} threads"]
     if runtime.gradient_checkpointing:
         words.append("gradient checkpointing")
     if (processes := together(runtime.parallel)).size > 1:

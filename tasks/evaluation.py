@@ -11,12 +11,13 @@ from p2d_core.evaluation import EvaluationSpec
 from p2d_core.evaluation.evaluate import evaluate
 from p2d_core.models import load_model
 from p2d_core.store import ArtifactRef, Making
+from tasks.elsewhere import as_it_is
 from tasks.progress import progress_of
 from tasks.samples import all_samples, target_part
 from tasks.stage import BaseModel, Runtime, stage
 
 
-@stage("evaluation", outside_key=("arm",))
+@stage("evaluation", outside_key=("arm",), sent=as_it_is)
 def evaluate_model(
     making: Making,
     runtime: Runtime,

@@ -9,6 +9,7 @@ from p2d_core.heads.head_map import HEADS, HeadMap, HeadPick, read_head_map
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.store import ArtifactRef, Making
+from tasks.elsewhere import as_it_is
 from tasks.progress import progress_of
 from tasks.proxy import slices_in
 from tasks.samples import target_part
@@ -17,7 +18,7 @@ from tasks.stage import BaseModel, Plugin, Runtime, stage
 PICTURE = "heads.png"
 
 
-@stage("heads")
+@stage("heads", sent=as_it_is)
 def rank_heads(
     making: Making,
     runtime: Runtime,

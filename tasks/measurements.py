@@ -17,6 +17,7 @@ from p2d_core.affinity.measuring import MEASURED, measure_shard
 from p2d_core.affinity.scoring import SCORES, passing_ids
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel, parameter_counts
+from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard
 from p2d_core.store import ArtifactRef, Making, Store
 from p2d_core.store.manifest import MANIFEST
@@ -54,7 +55,30 @@ def _numbers_a_sample(
     return 2 + len(task_heads)
 
 
-@stage("measurements", outside_key=("scorer", "step", "heads", "previous"), room=_room)
+def _sent(
+    making: Making,
+    scorer: Plugin,
+    step: int,
+    shard: ShardRef,
+    previous: ArtifactRef | None,
+    **others: Any,
+) -> Mapping[str, Any] | None:
+    """A worker gets the shard's samples that passed, not the scores of the whole corpus."""
+    if not scorer_step(scorer, step).scorer.runs_model:
+        return None
+    if previous is not None:
+        passed = making.scratch / "passed.parquet"
+        pq.write_table(to_table(_passed(shard, previous)), passed)
+        shard = replace(shard, file=str(passed))
+    return {"scorer": scorer, "step": step, "shard": shard, "previous": None, **others}
+
+
+@stage(
+    "measurements",
+    outside_key=("scorer", "step", "heads", "previous"),
+    room=_room,
+    sent=_sent,
+)
 def measure(
     making: Making,
     runtime: Runtime,
@@ -79,10 +103,7 @@ def measure(
     """
     one = scorer_step(scorer, step).scorer
     model = model_for(base, runtime, head_proxy)
-    samples = read_shard(Path(shard.file))
-    if previous is not None:
-        passed = passing_ids(previous.path / SCORES, shard.index)
-        samples = [sample for sample in samples if sample.sample_id in passed]
+    samples = _passed(shard, previous)
     known = target_of(target) if target is not None else NO_TARGET
     state = one.prepare(model, head_map_of(heads), known)
     measured = measure_shard(one, model, state, samples)
@@ -92,6 +113,15 @@ def measure(
 
 
 shared("measurements", measure.fn)
+
+
+def _passed(shard: ShardRef, previous: ArtifactRef | None) -> list[Sample]:
+    """The samples of a shard that passed the steps before; all of it at the first."""
+    samples = read_shard(Path(shard.file))
+    if previous is None:
+        return samples
+    passed = passing_ids(previous.path / SCORES, shard.index)
+    return [sample for sample in samples if sample.sample_id in passed]
 
 
 def check_room_for(

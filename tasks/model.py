@@ -17,6 +17,7 @@ from p2d_core.models import load_model
 from p2d_core.samples.schema import Sample, from_table
 from p2d_core.selection.subset import SUBSET
 from p2d_core.store import ArtifactRef, Making
+from tasks.elsewhere import as_it_is
 from tasks.heads import head_map_in
 from tasks.progress import progress_of
 from tasks.room import of_model
@@ -27,7 +28,9 @@ from tasks.together import together
 REFERENCE = "reference.json"
 
 
-@stage("model", version="2", outside_key=("heads", "arm"), room=of_model, together=True)
+@stage(
+    "model", version="2", outside_key=("heads", "arm"), room=of_model, sent=as_it_is, together=True
+)
 def fine_tune(
     making: Making,
     runtime: Runtime,
@@ -85,7 +88,7 @@ def fine_tune(
     }
 
 
-@stage("reference", together=True)
+@stage("reference", sent=as_it_is, together=True)
 def calibrate(
     making: Making,
     runtime: Runtime,

@@ -15,6 +15,7 @@ from p2d_core.heads.head_map import HEADS, read_head_map
 from p2d_core.models import CapturedModel, load_model
 from p2d_core.samples.tokens import EncodedSample
 from p2d_core.store import ArtifactRef, Making
+from tasks.elsewhere import as_it_is
 from tasks.progress import progress_of
 from tasks.room import of_attention, of_heads
 from tasks.samples import target_part
@@ -22,7 +23,7 @@ from tasks.stage import BaseModel, Runtime, stage
 from tasks.together import together
 
 
-@stage("proxy", version="2", room=of_attention, together=True)
+@stage("proxy", version="2", room=of_attention, sent=as_it_is, together=True)
 def proxy_run(
     making: Making, runtime: Runtime, base: BaseModel, target: ArtifactRef, training: TrainingSpec
 ) -> None:
@@ -35,7 +36,7 @@ def proxy_run(
         attention_slices(model, layers).save(making.folder / SLICES)
 
 
-@stage("head_proxy", version="2", room=of_heads, together=True)
+@stage("head_proxy", version="2", room=of_heads, sent=as_it_is, together=True)
 def head_proxy_run(
     making: Making,
     runtime: Runtime,

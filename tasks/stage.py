@@ -28,6 +28,7 @@ from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.manifest import Manifest, faults
 from p2d_core.store.room import check_room, storage_error
 from p2d_core.store.store import readable
+from tasks.elsewhere import stays, workers
 from tasks.progress import progress_of
 from tasks.room import SMALL
 from tasks.together import helped, shared
@@ -300,14 +301,16 @@ def stage(
     outside_key: tuple[str, ...] = (),
     room: Callable[..., int] = lambda **inputs: SMALL,
     together: bool = False,
+    sent: Callable[..., Mapping[str, Any] | None] = stays,
 ) -> Callable[[Callable[..., None]], StageTask]:
     """Turns ``build(making, runtime, **inputs)`` into a Prefect task that returns an ArtifactRef.
 
     The recipe is made of all inputs but ``runtime`` and those named in ``outside_key``: artifacts
     by their key, base models, sources and shards by their content, the rest by value. ``room``
     says of the inputs about how many bytes will be written; without so much free the stage does
-    not start. Where a run has several processes, all of them build a stage that is made
-    ``together``; what it keeps is written by the first.
+    not start. ``sent`` says which inputs a worker gets where a flow has some (`tasks.elsewhere`);
+    None: the stage is made in this process all the same. Where a run has several processes, all of
+    them build a stage that is made ``together``; what it keeps is written by the first.
     """
 
     def wrap(build: Callable[..., None]) -> StageTask:
@@ -338,6 +341,11 @@ def stage(
                 for value in bound.arguments.values():
                     if isinstance(value, BaseModel) and value.hub:
                         making.facts["base"] = value.hub
+                others = workers()
+                inputs = sent(making, **bound.arguments) if others is not None else None
+                if others is not None and inputs is not None:
+                    others.build(build, making, inputs)
+                    return
                 with helped(name, making, bound.arguments) if together else nullcontext():
                     build(making, **bound.arguments)
 

@@ -96,6 +96,8 @@ def examine(store: Path) -> Iterator[Finding]:
     yield _python()
     for name in NEEDED:
         yield _installed(name)
+    if (ray := _version("ray")) is not None:
+        yield Finding("ray", f"{ray} (for engine: ray)")
     yield from known_conflicts(_version)
     yield from _device()
     yield from _memory()

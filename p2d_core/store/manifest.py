@@ -67,7 +67,7 @@ def write_manifest(
         },
         facts=dict(facts),
         cost=cost.as_dict(),
-        libraries=_library_versions(),
+        libraries=library_versions(),
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         run_id=run_id,
         own_sha256=UNKNOWN,
@@ -127,7 +127,8 @@ def faults(folder: Path, key: str) -> list[str]:
         return [f"{MANIFEST} is damaged ({error!r})"]
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Of those of `LIBRARIES` that are installed."""
     versions = {}
     for name in LIBRARIES:
         try:

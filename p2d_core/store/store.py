@@ -62,6 +62,8 @@ class Making:
     """That worked on it together, each with a device of its own."""
     seconds_before: float = 0.0
     """Spent on it by runs that were stopped, as far as their work went into this one."""
+    cost: Cost | None = None
+    """As another process measured it that did the work; None: what it takes here."""
 
 
 class Store:
@@ -127,7 +129,7 @@ class Store:
                     build(making)
                     watch.samples, watch.tokens = making.samples, making.tokens
                 before = Cost(making.seconds_before, making.seconds_before)
-                cost = before + watch.cost
+                cost = before + (making.cost or watch.cost)
                 cost = replace(cost, device_seconds=cost.device_seconds * making.processes)
                 write_manifest(staging, recipe, facts=making.facts, cost=cost, run_id=run_id)
             shutil.rmtree(scratch, ignore_errors=True)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,7 @@ def test_doctor_finds_this_installation_sound(p2d):
     code, out, err = p2d("doctor")
     assert code == 0, out + err
     assert "prefect" in out
+    assert f"{version('ray')} (for engine: ray)" in out
     assert "artifacts (not there yet; will be made)" in " ".join(out.split())
 
 

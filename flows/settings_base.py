@@ -1,0 +1,32 @@
+"""What all sections of the settings are made of: the model that forbids unknown keys, numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareOrZero = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+def _in_order(schema: dict[str, Any]) -> None:
+    """Prefect's database sorts keys; its form goes by this."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
+class Section(BaseModel):
+    """A mapping in the settings file."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_in_order,
+        # of sections too, which Prefect's form would show without a name
+        field_title_generator=lambda name, _: name.replace("_", " ").capitalize(),
+    )
