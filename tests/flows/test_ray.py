@@ -31,7 +31,8 @@ from flows.settings import RunSettings
 from flows.settings_ray import RaySettings
 from p2d_core.affinity.scoring import SCORES
 from p2d_core.comparison.arms import read
-from p2d_core.errors import SettingsError
+from p2d_core.errors import P2DError, SettingsError
+from p2d_core.processes import Processes
 from p2d_core.progress import Progress, no_progress
 from p2d_core.store import Store
 from tasks.progress import listen
@@ -134,6 +135,16 @@ def ray_processes() -> set[psutil.Process]:
     return found
 
 
+def kill_a_worker_at_work() -> int:
+    """Waits for one that does a stage, and gives its process id."""
+    while True:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] == ["ray::StageWorker.build"]:
+                    process.kill()
+                    return process.pid
+
+
 def test_a_worker_killed_while_it_measures_costs_nothing_but_time(job, address, caplog):
     store = job.folder / "on-ray"
     killed: list[int] = []
@@ -141,18 +152,8 @@ def test_a_worker_killed_while_it_measures_costs_nothing_but_time(job, address, 
     @contextmanager
     def kill_one(stage: str) -> Iterator[Progress]:
         if stage == "measurements (shards)" and not killed:
-            killed.append(0)
-            threading.Thread(target=kill).start()
+            threading.Thread(target=lambda: killed.append(kill_a_worker_at_work())).start()
         yield no_progress
-
-    def kill() -> None:
-        while not killed[0]:
-            for process in psutil.process_iter():
-                with contextlib.suppress(psutil.Error):
-                    if process.cmdline()[:1] == ["ray::StageWorker.build"]:
-                        process.kill()
-                        killed[0] = process.pid
-                        break
 
     listen(kill_one)
     try:
@@ -160,7 +161,7 @@ def test_a_worker_killed_while_it_measures_costs_nothing_but_time(job, address, 
             run_adapt(on_ray(job, address), store=store)
     finally:
         listen(None)
-    assert killed[0]
+    assert len(killed) == 1
     assert caplog.text.count("measure lost a Ray worker (1 of 3)") == 1
     # two shards, each for head activation and for the loss
     assert len(list(Store(store).refs("measurements"))) == 4
@@ -243,6 +244,13 @@ def test_what_is_not_installed_is_named_with_its_cure(tmp_path, monkeypatch):
     assert not job.store.exists()
 
 
+def test_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
+    job = quick_job(tmp_path)
+    monkeypatch.setattr("flows.engine.here", lambda: Processes(0, 2))
+    with pytest.raises(SettingsError, match=r"2 processes were started .* Ray starts its own"):
+        run_adapt(on_ray(job, None), store=job.store)
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -254,6 +262,24 @@ def test_what_is_not_installed_is_named_with_its_cure(tmp_path, monkeypatch):
 def test_a_setting_of_ray_that_cannot_be_is_refused(tmp_path, setting, said):
     with pytest.raises(SettingsError, match=said):
         quick_job(tmp_path).settings(engine="ray", ray=setting)
+
+
+@pytest.mark.slow
+def test_a_stage_that_no_worker_survives_ends_the_run(tmp_path, address):
+    job = quick_job(tmp_path)
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set():
+            kill_a_worker_at_work()
+
+    threading.Thread(target=kill, daemon=True).start()
+    try:
+        with pytest.raises(P2DError, match=r"proxy_run lost 3 Ray workers .*memory is short"):
+            run_adapt(on_ray(job, address), store=job.store)
+    finally:
+        over.set()
+    assert not list(Store(job.store).refs("proxy"))
 
 
 @pytest.mark.slow
