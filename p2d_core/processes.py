@@ -129,9 +129,9 @@ def join() -> Processes:
     global _here
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return _here
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+    os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(
+        os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", "0"))
+    )
     # as torch is loaded here already; see flows.environment
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.distributed.rendezvous import rendezvous
@@ -142,6 +142,16 @@ def join() -> Processes:
         if name in OF_THE_LAUNCHER or name.startswith(("ACCELERATE_", "FSDP_", "TORCHELASTIC_")):
             del os.environ[name]
     return _here
+
+
+def own_gpu(visible: str | None, local_rank: int) -> str:
+    """``CUDA_VISIBLE_DEVICES`` for one process: its own of those that all are given.
+
+    None are given where it is empty; all there are where it is None.
+    """
+    if visible is None:
+        return str(local_rank)
+    return ",".join(visible.split(",")[local_rank : local_rank + 1])
 
 
 def ask(job: Mapping[str, Any]) -> Processes:

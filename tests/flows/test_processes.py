@@ -35,6 +35,7 @@ ACCELERATE = (
     str(BIN / "accelerate"), "launch", "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2",
     SCRIPT,
 )  # fmt: skip
+pytestmark = pytest.mark.timeout(900)
 ROWS = {
     "target.jsonl": 60, "evaluation.jsonl": 6, "corpus/ledgers.jsonl": 300,
     "corpus/drills.jsonl": 900,
@@ -103,7 +104,6 @@ def launched(tmp_path_factory) -> Launched:
     return runs
 
 
-@pytest.mark.timeout(900)
 def test_a_helper_that_is_killed_ends_the_run_and_the_next_goes_on(launched):
     assert launched.code_of_kill != 0
     assert re.search(r"training goes on from checkpoint-\d+ of model-", launched.of_end[1])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from p2d_core.processes import own_gpu
 from tests.p2d_core.adaptation.test_together import LAUNCH
 
 
@@ -47,3 +48,11 @@ def test_a_first_process_that_cannot_hear_is_ended_with_the_message(launched):
     _, code, errors = launched
     assert code == 1
     assert errors.count("error: process 1 of 2: no model. Look for it.") == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [(None, ["0", "1"]), ("4,6", ["4", "6"]), ("", ["", ""]), ("4", ["4", ""])],
+)
+def test_each_process_sees_a_gpu_of_its_own(visible, seen):
+    assert [own_gpu(visible, local_rank) for local_rank in (0, 1)] == seen
