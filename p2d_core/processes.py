@@ -18,10 +18,15 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from p2d_core.errors import ProcessError
+
 T = TypeVar("T")
 
 OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_TO_COME = 600.0
+"""For another process to be connected too, once this one is."""
+AGAIN = "Start the run again: it goes on from what was finished."
 LONG = timedelta(days=7)
 """Until a process that says nothing counts as gone: its launcher ends the others long before."""
 
@@ -90,27 +95,51 @@ class Processes:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Tensors can be exchanged while the block runs."""
+        """Tensors can be exchanged while the block runs.
+
+        Raises:
+            ProcessError: they did not come together, now or for earlier work.
+        """
+        global _apart
         import torch
         import torch.distributed as dist
         from torch._C._distributed_c10d import PrefixStore
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend,
-            store=PrefixStore(f"{self.work}/group", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=LONG,
-        )
+        if _apart:
+            raise ProcessError(f"the processes lost each other before: {_apart}. {AGAIN}")
         try:
+            dist.init_process_group(
+                backend,
+                store=PrefixStore(f"{self.work}/group", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=LONG,
+            )
+        except Exception as error:
+            # torch numbers groups: from now on its numbers here are others than elsewhere
+            _apart = str(error)
+            raise ProcessError(
+                f"the processes did not find each other: {_apart}. {AGAIN}"
+            ) from error
+        try:
+            self._wait_for_all()
             yield
         finally:
             # whoever still waits for this process hears that it is gone
             dist.destroy_process_group()
 
+    def _wait_for_all(self) -> None:
+        """Who fails at once must not be gone while another still connects to it."""
+        self.tell(f"in the group: {self.rank}", True)
+        for rank in range(self.size):
+            if self.heard(f"in the group: {rank}", SECONDS_TO_COME) is None:
+                raise ProcessError(f"process {rank} did not come to help. {AGAIN}")
+
 
 ALONE = Processes()
+_apart = ""
+"""Why this process can be in no group any more."""
 _here = ALONE
 _numbers = itertools.count()
 

@@ -25,6 +25,7 @@ SECONDS_TO_TELL = 5.0
 """For a process that failed, to say why: the others notice first that it is gone."""
 SECONDS_TO_END = 10.0
 """For the first process to end by itself once another has failed."""
+SECONDS_BETWEEN_LOOKS = 0.2
 
 Build = Callable[..., None]
 
@@ -63,7 +64,8 @@ def helped(stage: str, making: Making, inputs: Mapping[str, Any]) -> Iterator[No
             {"help": stage, "inputs": _plain(_builds[stage], inputs), "at": str(making.scratch)}
         )
         over = threading.Event()
-        threading.Thread(target=_watch, args=(work, over), daemon=True).start()
+        watching = threading.Thread(target=_watch, args=(work, over), daemon=True)
+        watching.start()
         making.processes = work.size
         try:
             with _in_group(work):
@@ -76,6 +78,8 @@ def helped(stage: str, making: Making, inputs: Mapping[str, Any]) -> Iterator[No
             raise ProcessError(told or f"another process is gone: {error}") from error
         finally:
             over.set()
+            # one that is in the store's code when Python ends would abort the process
+            watching.join()
 
 
 def spread_out(
@@ -151,11 +155,9 @@ def _watch(work: Processes, over: threading.Event) -> None:
     """Ends this process if another fails while this one waits for it in what cannot be left."""
     # a connection of its own: the main thread holds the other while it waits
     aside = replace(work, store=work.store.clone())
-    told = None
-    while told is None:
-        if over.is_set():
+    while (told := aside.heard("failed", 0)) is None:
+        if over.wait(SECONDS_BETWEEN_LOOKS):
             return
-        told = aside.heard("failed", 1)
     if over.wait(SECONDS_TO_END):
         return
     print(f"error: {told}", file=sys.stderr, flush=True)

@@ -30,10 +30,10 @@ from tests.job import Job
 
 SCRIPT = str(Path(__file__).with_name("counting.py"))
 BIN = Path(sys.executable).parent
-TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node", "2", SCRIPT)
+TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", SCRIPT)
 ACCELERATE = (
     str(BIN / "accelerate"), "launch", "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2",
-    SCRIPT,
+    "--main_process_port", "0", SCRIPT,
 )  # fmt: skip
 pytestmark = pytest.mark.timeout(900)
 ROWS = {

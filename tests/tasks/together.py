@@ -38,7 +38,7 @@ def added(making: Making, numbers: tuple[tuple[int, float], ...], fails: str) ->
 
 def main(folder: Path) -> None:
     """The first process asks for the same work again and again, whatever failed before."""
-    tasks.together.SECONDS_TO_END = 1.0
+    tasks.together.SECONDS_TO_END = 5.0
     shared("added", added)
     if not join().first:
         serve()

@@ -14,7 +14,7 @@ from p2d_core.adaptation.adaptations import adapted
 from tests.p2d_core.adaptation.together import AT_STEP, CASES, STOPPED, encoded, trained
 from tests.tiny import tiny_llama
 
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
