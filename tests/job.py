@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def write_files(folder: Path, rows: Mapping[str, int] = ROWS) -> None:
 
 
 def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some others; a mapping changes only the keys that it has."""
-    made = dict(values)
+    """A copy of settings with some others; a mapping changes only the keys that it has."""
+    made = copy.deepcopy(dict(values))
     for key, value in changes.items():
         made[key] = made.get(key, {}) | value if isinstance(value, dict) else value
     return made
