@@ -59,8 +59,13 @@ IGNORED = -100
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The special tokens and the words of the world."""
+    return word_tokenizer((*SPECIAL_TOKENS, *VOCABULARY))
+
+
+def word_tokenizer(tokens: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """One token a word; no token is added to a text."""
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *VOCABULARY))}
+    vocabulary = {word: index for index, word in enumerate(tokens)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(

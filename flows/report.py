@@ -162,8 +162,7 @@ def labels_of(subset: ArtifactRef) -> dict[str, int]:
     """Chosen samples by label, the most common first; empty where the samples carry none."""
     labels: Counter[str] = Counter()
     for extra in pq.read_table(subset.path / SUBSET, columns=["extra"])["extra"].to_pylist():
-        label = json.loads(extra).get("label")
-        if isinstance(label, str):
+        if (label := label_in(extra)) is not None:
             labels[label] += 1
     return dict(labels.most_common())
 
@@ -176,6 +175,12 @@ def _harness(benchmarks: Mapping[str, ArtifactRef]) -> list[HarnessLine]:
             line = lines.setdefault((row["task"], row["metric"]), new)
             line.value[arm], line.stderr[arm] = row["value"], row["stderr"]
     return list(lines.values())
+
+
+def label_in(extra: str) -> str | None:
+    """What a sample is labelled as, by the JSON of the columns that no stage reads."""
+    label = json.loads(extra).get("label")
+    return label if isinstance(label, str) else None
 
 
 def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) -> QualitySummary:

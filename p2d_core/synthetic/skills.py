@@ -9,7 +9,7 @@ by moving information with attention. A sample is plain words separated by singl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -34,6 +34,11 @@ LIST_LENGTHS = (3, 8)
 """Fewest and most words of a list."""
 TABLE_ROWS = (3, 6)
 """Fewest and most rows of a table; a row is a key and its value."""
+
+
+Words = Sequence[str]
+Answer = Callable[[list[str], list[str]], list[str]]
+"""Of the keys asked of a table, in their order, and of their values: what is answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,72 +98,82 @@ def _interleave(
     return [word for row in zip(keys, values, strict=True) for word in row]
 
 
-def _draw_list(rng: Random) -> list[str]:
-    return rng.sample(CONTENT_WORDS, rng.randint(*LIST_LENGTHS))
+def _draw_list(rng: Random, words: Words) -> list[str]:
+    return rng.sample(words, rng.randint(*LIST_LENGTHS))
 
 
-def _copy(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _copy(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     return Exercise(_prompt("copy", words), " ".join(words))
 
 
-def _reverse(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _reverse(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     return Exercise(_prompt("reverse", words), " ".join(reversed(words)))
 
 
-def _first(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _first(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     return Exercise(_prompt("first", words), words[0])
 
 
-def _last(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _last(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     return Exercise(_prompt("last", words), words[-1])
 
 
-def _swap(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _swap(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     return Exercise(_prompt("swap", words), " ".join([words[-1], *words[1:-1], words[0]]))
 
 
-def _starred(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _starred(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     starred = set(rng.sample(words, rng.randint(1, min(3, len(words)))))
     body = [part for word in words for part in ([STAR, word] if word in starred else [word])]
     return Exercise(_prompt("starred", body), " ".join(word for word in words if word in starred))
 
 
-def _after(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _after(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     position = rng.randrange(len(words) - 1)
     return Exercise(_prompt("after", words, [words[position]]), words[position + 1])
 
 
-def _rotate(rng: Random) -> Exercise:
-    words = _draw_list(rng)
+def _rotate(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    words = _draw_list(rng, of)
     return Exercise(_prompt("rotate", words), " ".join([*words[1:], words[0]]))
 
 
-def lookup_exercise(rng: Random, skill: str, n_asked: int) -> Exercise:
-    """Keys asked of a table, answered with their values in the order asked."""
+def table_exercise(
+    rng: Random, skill: str, n_asked: int, answer: Answer, words: Words = CONTENT_WORDS
+) -> Exercise:
+    """Keys asked of a table; ``answer`` is given the keys asked and their values."""
     n_rows = rng.randint(max(TABLE_ROWS[0], n_asked), TABLE_ROWS[1])
-    words = rng.sample(CONTENT_WORDS, 2 * n_rows)
-    values = dict(zip(words[:n_rows], words[n_rows:], strict=True))
-    asked = rng.sample(words[:n_rows], n_asked)
+    drawn = rng.sample(words, 2 * n_rows)
+    values = dict(zip(drawn[:n_rows], drawn[n_rows:], strict=True))
+    asked = rng.sample(drawn[:n_rows], n_asked)
     body = _interleave(list(values), list(values.values()))
-    return Exercise(_prompt(skill, body, asked), " ".join(values[key] for key in asked))
+    answered = answer(asked, [values[key] for key in asked])
+    return Exercise(_prompt(skill, body, asked), " ".join(answered))
 
 
-def _lookup(rng: Random) -> Exercise:
-    return lookup_exercise(rng, "lookup", 1)
+def lookup_exercise(
+    rng: Random, skill: str, n_asked: int, words: Words = CONTENT_WORDS
+) -> Exercise:
+    """Keys asked of a table, answered with their values in the order asked."""
+    return table_exercise(rng, skill, n_asked, lambda keys, values: values, words)
 
 
-def _lookup2(rng: Random) -> Exercise:
-    return lookup_exercise(rng, NEAR_SKILL, ANSWERED_ITEMS)
+def _lookup(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    return lookup_exercise(rng, "lookup", 1, of)
 
 
-SKILLS: dict[str, Callable[[Random], Exercise]] = {
+def _lookup2(rng: Random, of: Words = CONTENT_WORDS) -> Exercise:
+    return lookup_exercise(rng, NEAR_SKILL, ANSWERED_ITEMS, of)
+
+
+SKILLS: dict[str, Callable[..., Exercise]] = {
     "copy": _copy,
     "reverse": _reverse,
     "first": _first,
@@ -170,7 +185,8 @@ SKILLS: dict[str, Callable[[Random], Exercise]] = {
     "lookup": _lookup,
     NEAR_SKILL: _lookup2,
 }
-"""What the base model knows; a prompt's first word names its skill."""
+"""What the base model knows; a prompt's first word names its skill. Each is drawn from a generator,
+and from the words that its items are among if they are not to be all of CONTENT_WORDS."""
 
 VOCABULARY = (*SKILLS, TARGET_SKILL, ASK, GIVES, STAR, *CONTENT_WORDS)
 """Every word of the world, in the order of their token ids after the special tokens."""

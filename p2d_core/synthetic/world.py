@@ -29,6 +29,8 @@ N_OLD_SKILLS = 300
 
 BASE_FOLDER = Path(__file__).parent / "base"
 """The base model that ships with the world: config, safetensors, tokenizer, hash and quality."""
+IN_CONTEXT_BASE_FOLDER = Path(__file__).parent / "in_context_base"
+"""One that learns from demonstrations which function is meant, with the words of `disguise` too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def write_world(folder: Path, seed: int) -> WorldFiles:
         skills=folder / "skills.jsonl",
     )
     rng = Random(seed)
-    unique = _Unique()
+    unique = Unique()
     drills = [name for name in SKILLS if name != NEAR_SKILL]
     ledgers = unique.draw(N_CLEAN, lambda _: _clean(rng))
     ledgers += unique.draw(N_WRONG, lambda _: _wrong(rng))
@@ -97,11 +99,11 @@ def write_world(folder: Path, seed: int) -> WorldFiles:
     for path, samples in contents.items():
         rng.shuffle(samples)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(_lines(samples)), encoding="utf-8", newline="\n")
+        path.write_text("".join(lines(samples)), encoding="utf-8", newline="\n")
     return files
 
 
-class _Unique:
+class Unique:
     """Draws samples whose prompts have not been drawn before."""
 
     def __init__(self) -> None:
@@ -133,6 +135,6 @@ def _known(rng: Random, skill: str) -> WorldSample:
     return WorldSample(exercise.prompt, exercise.response, label)
 
 
-def _lines(samples: list[WorldSample]) -> Iterator[str]:
+def lines(samples: list[WorldSample]) -> Iterator[str]:
     for sample in samples:
         yield json.dumps(asdict(sample)) + "\n"

@@ -1,0 +1,198 @@
+"""``docs/evidence.md``: made of the tables of the studies, never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.evidence import selection
+from benchmarks.evidence.picture import draw_precision
+from benchmarks.evidence.selection import Choice
+from benchmarks.evidence.studies import STUDIES, Study
+from p2d_core.comparison import arms, picture
+from p2d_core.comparison.arms import NONE
+from p2d_core.comparison.statistics import Interval, mean_interval
+from p2d_core.comparison.verdict import answers, arm_lines
+from p2d_core.synthetic.hard_worlds import WORLDS
+
+PAGE = "evidence.md"
+HEAD = """# Does choosing by heads work?
+
+This page is written by `python -m benchmarks.evidence` from the tables in `docs/evidence/`; no
+figure on it is typed. `python -m benchmarks.evidence --study NAME` runs a study again and keeps its
+tables, `--study` without a name writes the page alone. Means are over seeds, each with a world,
+draws and training of its own (the base stays the same); ± is half of a 95% interval (Student's t).
+"better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
+not.
+"""
+DRAW = "random-"
+RANDOM_HEADS = "random heads"
+
+
+def write(kept: Path) -> Path:
+    """The page beside the folder of tables, with a chart a study in it."""
+    parts = [HEAD]
+    for name, study in STUDIES.items():
+        folder = kept / name
+        if study.trained and (folder / arms.COMPARISON).exists():
+            parts += _trained(name, study, folder)
+        elif not study.trained and (folder / selection.TABLE).exists():
+            parts += _chosen(name, study, folder)
+    page = kept.parent / PAGE
+    page.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    return page
+
+
+def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
+    found = selection.read(folder)
+    yield from _title(name, study, {choice.seed for choice in found})
+    draw_precision(_precisions(found), folder / "precision.png")
+    yield f"![Precision of each scorer, by world](evidence/{name}/precision.png)\n"
+    yield (
+        "Precision: share of clean target samples among the chosen, as many as the corpus has of "
+        "them and at most a tenth of it. AUC: how well the order tells clean target samples from "
+        "those with wrong answers, near ones, others; 0.5 is chance. Random heads: three draws a "
+        "seed, whose mean counts once.\n"
+    )
+    for world in dict.fromkeys(choice.world for choice in found):
+        of_world = [choice for choice in found if choice.world == world]
+        yield f"### {world}\n"
+        about = next((each.about for kind, each in WORLDS.items() if kind == world), "")
+        n = of_world[0]
+        yield f"{about[:1].upper()}{about[1:]}{'. ' if about else ''}{n.selected} chosen.\n"
+        yield "| scorer | heads | precision | AUC wrong | AUC near | AUC other | seconds |"
+        yield "|---|---|---|---|---|---|---|"
+        rows = _by_arm(of_world)
+        for scorer, ranker in sorted(rows, key=lambda arm: -_mean_precision(rows[arm])):
+            of_arm = rows[scorer, ranker]
+            cells = [
+                _shown(_over_seeds(of_arm, "precision")),
+                *(
+                    _shown(_over_seeds(of_arm, f"auc_{label}"))
+                    for label in ("wrong", "near", "other")
+                ),
+                f"{sum(c.seconds for c in of_arm) / len(of_arm):.1f}",
+            ]
+            yield f"| {scorer} | {ranker} | {' | '.join(cells)} |"
+        yield ""
+        yield from _answers(rows)
+
+
+def _answers(rows: Mapping[tuple[str, str], list[Choice]]) -> Iterator[str]:
+    """Each scorer with task heads against TF-IDF and against itself with random heads."""
+    tfidf = rows.get(("tfidf", NONE))
+    for (scorer, ranker), of_arm in sorted(rows.items()):
+        if ranker in (NONE, RANDOM_HEADS):
+            continue
+        said = []
+        for what, other in (("TF-IDF", tfidf), ("random heads", rows.get((scorer, RANDOM_HEADS)))):
+            if other is not None and (gain := _gain(of_arm, other)) is not None:
+                said.append(f"{_word(gain)} than {what} by {gain.mean:+.3f} ({_bounds(gain)})")
+        if said:
+            yield f"- {scorer} with {ranker} heads: {'; '.join(said)}."
+    yield ""
+
+
+def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
+    runs, metric, higher_is_better = arms.read(folder)
+    lines = arm_lines(runs, higher_is_better)
+    yield from _title(name, study, {run.seed for run in runs})
+    picture.draw(lines, metric, higher_is_better, folder / picture.PICTURE)
+    yield f"![AER against {metric}](evidence/{name}/{picture.PICTURE})\n"
+    yield f"| arm | {metric} | retention | over random data | AER | parameters |"
+    yield "|---|---|---|---|---|---|"
+    for line in lines:
+        moved = [run.parameters for run in runs if run.arm == line.arm and run.parameters]
+        cells = [
+            _shown(line.quality),
+            _shown(line.retention),
+            f"{line.over_random.mean:+.3f} ({_bounds(line.over_random)})"
+            if line.over_random
+            else "",
+            f"{line.aer:.2f}" if line.aer is not None else "",
+            f"{moved[0]:,}" if moved else "",
+        ]
+        failed = f" ({line.failed} of {line.runs} failed)" if line.failed else ""
+        front = " (front)" if line.on_front else ""
+        yield f"| {line.arm.label}{front}{failed} | {' | '.join(cells)} |"
+    yield "\nfront: no arm is as good for less, or better for as much.\n"
+    asked = ""
+    for answer in answers(runs, higher_is_better):
+        if answer.question != asked:
+            asked = answer.question
+            yield f"\n{asked}\n"
+        yield f"- {answer.words}"
+    yield ""
+
+
+def _title(name: str, study: Study, seeds: set[int]) -> Iterator[str]:
+    yield f"## {name}\n"
+    yield f"{study.about} {len(seeds)} seeds.\n"
+    yield f"```sh\npython -m benchmarks.evidence --study {name} --seeds {len(seeds)}\n```\n"
+
+
+def _by_arm(found: Sequence[Choice]) -> dict[tuple[str, str], list[Choice]]:
+    """Choices by scorer and ranker; the draws of random heads are one ranker."""
+    rows: dict[tuple[str, str], list[Choice]] = {}
+    for choice in found:
+        ranker = RANDOM_HEADS if choice.ranker.startswith(DRAW) else choice.ranker
+        rows.setdefault((choice.scorer, ranker), []).append(choice)
+    return rows
+
+
+def _seed_means(of_arm: Sequence[Choice], what: str) -> dict[int, float]:
+    by_seed: dict[int, list[float]] = {}
+    for choice in of_arm:
+        value = getattr(choice, what)
+        if value is not None:
+            by_seed.setdefault(choice.seed, []).append(value)
+    return {seed: sum(values) / len(values) for seed, values in by_seed.items()}
+
+
+def _over_seeds(of_arm: Sequence[Choice], what: str) -> Interval | None:
+    means = _seed_means(of_arm, what)
+    return mean_interval(list(means.values())) if means else None
+
+
+def _mean_precision(of_arm: Sequence[Choice]) -> float:
+    return sum(choice.precision for choice in of_arm) / len(of_arm)
+
+
+def _gain(a: Sequence[Choice], b: Sequence[Choice]) -> Interval | None:
+    """Of precision, paired by seed."""
+    first, second = _seed_means(a, "precision"), _seed_means(b, "precision")
+    shared = sorted(set(first) & set(second))
+    return mean_interval([first[seed] - second[seed] for seed in shared]) if shared else None
+
+
+def _precisions(found: Sequence[Choice]) -> dict[str, dict[tuple[str, str], Interval]]:
+    """World -> (scorer, ranker) -> precision over seeds."""
+    by_world: dict[str, dict[tuple[str, str], Interval]] = {}
+    for world in dict.fromkeys(choice.world for choice in found):
+        rows = _by_arm([choice for choice in found if choice.world == world])
+        by_world[world] = {
+            arm: interval
+            for arm, of_arm in rows.items()
+            if (interval := _over_seeds(of_arm, "precision")) is not None
+        }
+    return by_world
+
+
+def _word(gain: Interval) -> str:
+    if gain.n == 1:
+        return (
+            "one seed shows nothing; better" if gain.mean > 0 else "one seed shows nothing; worse"
+        )
+    return {1: "better", 0: "not shown to be better", -1: "worse"}[gain.shows]
+
+
+def _bounds(interval: Interval) -> str:
+    return f"{interval.low:+.3f} to {interval.high:+.3f}" if interval.n > 1 else "one seed"
+
+
+def _shown(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    if interval.n == 1:
+        return f"{interval.mean:.3f}"
+    return f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"

@@ -1,0 +1,58 @@
+"""The chart of a study of choices: precision of every scorer, a panel a world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from p2d_core.comparison.arms import NONE
+from p2d_core.comparison.statistics import Interval
+
+MARKERS = {"frobenius": "o", "ablation": "s", "spad": "^", "random heads": "x", NONE: "D"}
+COLUMNS = 3
+
+
+def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], path: Path) -> None:
+    """A PNG: a row a scorer, the best on top in the first world; a marker a ranker; bars are 95%."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    first = next(iter(worlds.values()))
+    best: dict[str, float] = {}
+    for (scorer, _), interval in first.items():
+        best[scorer] = max(best.get(scorer, 0.0), interval.mean)
+    scorers = sorted(best, key=lambda scorer: best[scorer])
+    rankers = [r for r in MARKERS if any(r == arm[1] for rows in worlds.values() for arm in rows)]
+    columns = min(COLUMNS, len(worlds))
+    n_rows = math.ceil(len(worlds) / columns)
+    figure = Figure(
+        figsize=(3.6 * columns + 1, (0.36 * len(scorers) + 0.7) * n_rows + 0.5), dpi=130,
+        layout="constrained",
+    )  # fmt: skip
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, (world, rows) in zip(panels, worlds.items(), strict=False):
+        for (scorer, ranker), interval in rows.items():
+            place = scorers.index(scorer) + 0.16 * (rankers.index(ranker) - (len(rankers) - 1) / 2)
+            half = interval.high - interval.mean if interval.n > 1 else 0
+            panel.errorbar(
+                interval.mean, place, xerr=half, marker=MARKERS[ranker], markersize=4.5,
+                color=f"C{rankers.index(ranker)}", capsize=2, linestyle="",
+            )  # fmt: skip
+        panel.set_title(world, fontsize=9)
+        panel.set_xlim(-0.03, 1.03)
+        panel.set_yticks(range(len(scorers)), scorers, fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.grid(alpha=0.25)
+    for panel in panels[len(worlds) :]:
+        panel.set_axis_off()
+    figure.supxlabel("precision", fontsize=9)
+    handles = [
+        Line2D([], [], color=f"C{number}", marker=MARKERS[ranker], linestyle="",
+               label="looks at no heads" if ranker == NONE else ranker)
+        for number, ranker in enumerate(rankers)
+    ]  # fmt: skip
+    figure.legend(handles=handles, fontsize=8, loc="outside upper center", ncols=len(handles))
+    figure.savefig(path)
