@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import page, selection, training
-from benchmarks.evidence.studies import STUDIES
-from flows.environment import prepare_environment
+from flows.environment import prepare_environment, start_server
 
 ROOT = Path(__file__).parents[2]
 log = logging.getLogger(__name__)
@@ -19,8 +18,8 @@ def main() -> None:
     """Studies that are not run keep their tables; the page has all that there are."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument(
-        "--study", nargs="*", choices=sorted(STUDIES), default=sorted(STUDIES), metavar="NAME",
-        help=f"{', '.join(sorted(STUDIES))}; all if left out, none for the page alone",
+        "--study", nargs="*", metavar="NAME", default=None,
+        help="hard, in-context, synthetic; all if left out, without a name the page alone",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on")
     parser.add_argument("--store", type=Path, default=ROOT / "artifacts" / "evidence")
@@ -28,15 +27,27 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    store = given.store.resolve()
+    run_studies(given.study, range(given.seeds), given.store.resolve(), given.kept)
+
+
+def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Path) -> None:
+    """Each study, and the page after each; names that are none are refused before the first."""
+    # what is set for Prefect has to stand before it is imported
     prepare_environment(store)
-    for name in given.study:
+    start_server()
+    from benchmarks.evidence import page, selection, training
+    from benchmarks.evidence.studies import STUDIES
+
+    for name in (chosen := list(STUDIES) if names is None else list(names)):
+        if name not in STUDIES:
+            raise SystemExit(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+    for name in chosen:
         start, study = time.perf_counter(), STUDIES[name]
         run = training.run if study.trained else selection.run
-        run(study, range(given.seeds), store, given.kept / name)
-        log.info("%s: %d seeds in %.0f s", name, given.seeds, time.perf_counter() - start)
-        page.write(given.kept)
-    page.write(given.kept)
+        run(study, seeds, store, kept / name)
+        log.info("%s: %d seeds in %.0f s", name, len(seeds), time.perf_counter() - start)
+        page.write(kept)
+    page.write(kept)
 
 
 if __name__ == "__main__":

@@ -180,9 +180,7 @@ def _precisions(found: Sequence[Choice]) -> dict[str, dict[tuple[str, str], Inte
 
 def _word(gain: Interval) -> str:
     if gain.n == 1:
-        return (
-            "one seed shows nothing; better" if gain.mean > 0 else "one seed shows nothing; worse"
-        )
+        return f"one seed shows nothing; {'better' if gain.mean > 0 else 'not better'}"
     return {1: "better", 0: "not shown to be better", -1: "worse"}[gain.shows]
 
 

@@ -14,7 +14,7 @@ COLUMNS = 3
 
 
 def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], path: Path) -> None:
-    """A PNG: a row a scorer, the best on top in the first world; a marker a ranker; bars are 95%."""
+    """A PNG: a row a scorer, the best of the first world on top; bars are 95% intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -1,4 +1,4 @@
-"""Whom each ranker and scorer chooses in a world whose answer is known; nothing is trained on it."""
+"""Whom each ranker and scorer chooses where the answer is known; nothing is trained on it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Choice:
     near: int
     other: int
     auc_wrong: float | None
-    """How well the order tells clean target samples from those with wrong answers; 0.5 is chance."""
+    """How well the order tells clean target samples from wrong ones; 0.5 is chance."""
     auc_near: float | None
     auc_other: float | None
     seconds: float
