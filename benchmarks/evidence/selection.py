@@ -63,11 +63,8 @@ def run(study: Study, seeds: range, store: Path, kept: Path) -> list[Choice]:
     for seed in seeds:
         for world, prepare in study.worlds.items():
             settings = prepare(store / "worlds" / world / f"seed-{seed}", seed)
-            settings = settings.model_copy(
-                update={
-                    "compare": settings.compare.model_validate(study.compare | {"seeds": [seed]})
-                }
-            )
+            compare = settings.compare.model_validate({**study.compare, "seeds": [seed]})
+            settings = settings.model_copy(update={"compare": compare})
 
             def of_seed(run_id: str, settings: RunSettings = settings) -> list[Choice]:
                 return list(choices(settings, store, run_id))
