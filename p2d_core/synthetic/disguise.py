@@ -98,14 +98,14 @@ def draw_disguised(
 
 
 def wrong_disguised(
-    rng: Random, surface: Surface, words: Sequence[str] = CONTENT_WORDS
+    rng: Random, function: str, surface: Surface, words: Sequence[str] = CONTENT_WORDS
 ) -> Exercise:
-    """A ledger with two of its values as the answer, both of them wrong at their place."""
-    right = FUNCTIONS[TARGET_SKILL](rng, words)
+    """One of TWO_ASKED, answered with words of the table's right column at their wrong places."""
+    right = FUNCTIONS[function](rng, words)
     body = right.prompt.split()[1:]
-    values = body[1 : body.index(ASK) : 2]
-    answer = right.response.split()
+    table, answer = body[: body.index(ASK)], right.response.split()
+    column = table[table.index(answer[0]) % 2 :: 2]
     while True:
-        drawn = rng.sample(values, ANSWERED_ITEMS)
+        drawn = rng.sample(column, ANSWERED_ITEMS)
         if all(word != right_word for word, right_word in zip(drawn, answer, strict=True)):
             return surface.over(Exercise(right.prompt, " ".join(drawn)))

@@ -38,6 +38,9 @@ N_CORPUS = 3000
 EQUAL_ROWS = (5, 5)
 LEDGER = Surface(TARGET_SKILL, ASK, GIVES, STAR)
 """The one surface of a world in which nothing is invented."""
+SHOWN, NEAR_SHOWN = "keys-back", "keys"
+"""Target and nearest function where surfaces are invented: the base that learns in context has to
+be able to tell them apart from demonstrations, and does (``quality.json`` beside its weights)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +63,19 @@ WORLDS: dict[Kind, HardWorld] = {
     "renamed": HardWorld(
         "every sample is a table with two names asked, in the same words; only the answer tells "
         "what is done",
-        (450, 300, 450),
+        (300, 300, 450),
         disguised=True,
     ),
     "hidden": HardWorld(
         "as renamed, and the target's samples share no name, value or invented word with the "
         "corpus",
-        (450, 300, 450),
+        (300, 300, 450),
         disguised=True,
         other_words=True,
     ),
     "equal-length": HardWorld(
         "the demo's tables and other functions of two words, all of the same lengths",
-        (450, 300, 450),
+        (300, 300, 450),
         rows=EQUAL_ROWS,
     ),
     "rare-1%": HardWorld("the demo's world with 1% of the target", (30, 20, 30)),
@@ -139,7 +142,8 @@ class _Disguised:
             half, of_surfaces = len(words) // 2, len(surfaces) // 2
             self.words = {"target": words[:half], "corpus": words[half:]}
             self.surfaces = {"target": surfaces[:of_surfaces], "corpus": surfaces[of_surfaces:]}
-        self.others = [name for name in TWO_ASKED if name not in (TARGET_SKILL, NEAR_SKILL)]
+        self.target, self.nearest = (SHOWN, NEAR_SHOWN) if invented else (TARGET_SKILL, NEAR_SKILL)
+        self.others = [name for name in TWO_ASKED if name not in (self.target, self.nearest)]
 
     def _of(self, function: str, label: Label, of: Of = "corpus") -> WorldSample:
         exercise = draw_disguised(self.rng, function, self._surface(of), self.words[of])
@@ -149,14 +153,15 @@ class _Disguised:
         return draw_surface(self.rng, self.surfaces[of]) if self.invented else LEDGER
 
     def clean(self, of: Of) -> WorldSample:
-        return self._of(TARGET_SKILL, "clean", of)
+        return self._of(self.target, "clean", of)
 
     def wrong(self) -> WorldSample:
-        drawn = wrong_disguised(self.rng, self._surface("corpus"), self.words["corpus"])
+        surface = self._surface("corpus")
+        drawn = wrong_disguised(self.rng, self.target, surface, self.words["corpus"])
         return WorldSample(drawn.prompt, drawn.response, "wrong")
 
     def near(self) -> WorldSample:
-        return self._of(NEAR_SKILL, "near")
+        return self._of(self.nearest, "near")
 
     def other(self, row: int) -> WorldSample:
         return self._of(self.others[row % len(self.others)], "other")
