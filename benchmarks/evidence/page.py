@@ -25,7 +25,7 @@ draws and training of its own (the base stays the same); ± is half of a 95% int
 "better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
 not.
 """
-DRAW = "random-"
+DRAW = "random"
 RANDOM_HEADS = "random heads"
 
 

@@ -24,7 +24,7 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
     for (scorer, _), interval in first.items():
         best[scorer] = max(best.get(scorer, 0.0), interval.mean)
     scorers = sorted(best, key=lambda scorer: best[scorer])
-    rankers = [r for r in MARKERS if any(r == arm[1] for rows in worlds.values() for arm in rows)]
+    rankers = sorted({ranker for rows in worlds.values() for _, ranker in rows})
     columns = min(COLUMNS, len(worlds))
     n_rows = math.ceil(len(worlds) / columns)
     figure = Figure(
@@ -38,7 +38,7 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
             place = scorers.index(scorer) + 0.16 * (rankers.index(ranker) - (len(rankers) - 1) / 2)
             half = interval.high - interval.mean if interval.n > 1 else 0
             panel.errorbar(
-                interval.mean, place, xerr=half, marker=MARKERS[ranker], markersize=4.5,
+                interval.mean, place, xerr=half, marker=MARKERS.get(ranker, "v"), markersize=4.5,
                 color=f"C{rankers.index(ranker)}", capsize=2, linestyle="",
             )  # fmt: skip
         panel.set_title(world, fontsize=9)
@@ -50,7 +50,7 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
         panel.set_axis_off()
     figure.supxlabel("precision", fontsize=9)
     handles = [
-        Line2D([], [], color=f"C{number}", marker=MARKERS[ranker], linestyle="",
+        Line2D([], [], color=f"C{number}", marker=MARKERS.get(ranker, "v"), linestyle="",
                label="looks at no heads" if ranker == NONE else ranker)
         for number, ranker in enumerate(rankers)
     ]  # fmt: skip
