@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types imports pytest stack-test operations-test slow faults bench clean
+.PHONY: demo test lint types imports pytest stack-test operations-test slow faults bench evidence clean
 
 demo: $(INSTALLED)  ## the main job on a small example that ships with the project
 	@$(BIN)/p2d demo
@@ -38,6 +38,9 @@ faults: $(INSTALLED)  ## every fault that is known to happen, for real; figures 
 
 bench: $(INSTALLED)  ## what P2D costs, and against what; SIZE=gpu on a machine with a GPU
 	$(BIN)/python -m benchmarks --size $(or $(SIZE),cpu)
+
+evidence: $(INSTALLED)  ## which rankers and scorers find the target, over seeds; hours; docs/evidence.md
+	$(BIN)/python -m benchmarks.evidence
 
 clean:  ## artifacts of the demo; .venv stays
 	rm -rf artifacts/*/ .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,7 +8,7 @@ what is asked. The fourth step is of the base's own skills under their names, so
 Starts from the weights of the base (the skills are there; what is learned is to tell from
 demonstrations which of them is meant), with new words beside its own. Writes what
 ``synthetic_base.py`` writes; ``quality.json`` has, for each function, exact match by the number of
-demonstrations. Takes about half an hour on one free core.
+demonstrations. Takes about a quarter of an hour on one free core.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def in_context_quality(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a base that learns in context.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the base to")
-    parser.add_argument("--steps", type=int, default=6000, help="training steps")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,6 +1,9 @@
 """What hard worlds promise: the answer alone, or no word at all, tells the target."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -20,6 +23,7 @@ from p2d_core.synthetic.disguise import (
 from p2d_core.synthetic.hard_worlds import N_CORPUS, WORLDS, write_hard_world
 from p2d_core.synthetic.skills import CONTENT_WORDS
 
+ROOT = Path(__file__).parents[3]
 PLAIN = Surface("dax", "wug", "blick", "fep")
 
 
@@ -121,3 +125,23 @@ def test_the_base_that_learns_in_context_does():
     assert shown["0"] < 0.2
     assert shown["2"] > 0.9
     assert min(v for name, v in quality["named"].items() if name != "ledger") > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_script_still_trains_a_base_that_learns_in_context(tmp_path):
+    subprocess.run(
+        [sys.executable, ROOT / "examples" / "in_context_base.py", "--out", tmp_path],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    trained, shipped = (
+        json.loads((folder / "quality.json").read_text())
+        for folder in (tmp_path, IN_CONTEXT_BASE_FOLDER)
+    )
+    # other kernels round otherwise, and training magnifies that: quality is compared, not bytes
+    for name, value in shipped["named"].items():
+        assert trained["named"][name] == pytest.approx(value, abs=0.05), name
+    for name in ("copy", "first", "after", "lookup", "keys", "keys-back"):
+        shown = trained["by_demonstrations"][name]["2"]
+        assert shown == pytest.approx(shipped["by_demonstrations"][name]["2"], abs=0.1), name
