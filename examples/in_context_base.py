@@ -2,9 +2,10 @@
 
     python examples/in_context_base.py --out p2d_core/synthetic/in_context_base
 
-Three sequences in four are several exercises of one function end to end, whose name and structural
-words are invented and drawn anew for every sequence: what was shown before is the only way to know
-what is asked. The fourth step is of the base's own skills under their names, so that they stay.
+Three steps in four are of sequences of exercises end to end, all of one function, whose name and
+structural words are invented and drawn anew for every sequence: what was shown before is the only
+way to know what is asked. The fourth is of the base's own skills under their names, so that they
+stay.
 Starts from the weights of the base (the skills are there; what is learned is to tell from
 demonstrations which of them is meant), with new words beside its own. Writes what
 ``synthetic_base.py`` writes; ``quality.json`` has, for each function, exact match by the number of
@@ -14,11 +15,7 @@ demonstrations. Takes about a quarter of an hour on one free core.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
-import math
-import time
 from pathlib import Path
 from random import Random
 
@@ -28,8 +25,10 @@ from synthetic_base import (
     SPECIAL_TOKENS,
     Batches,
     exact_match,
+    fit,
     measure,
     word_tokenizer,
+    write_base,
 )
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,19 +37,14 @@ from p2d_core.synthetic import BASE_FOLDER
 from p2d_core.synthetic.disguise import FUNCTIONS, INVENTED, draw_disguised, draw_surface
 from p2d_core.synthetic.skills import VOCABULARY, Exercise
 
-log = logging.getLogger("in_context_base")
-
 EXERCISES = 5
 """In a sequence; the first one's answer cannot be known, and counts for nothing."""
 POSITIONS = 256
 BATCH_SEQUENCES = 24
-PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 100
 NAMED_EVERY = 4
 """One step in this many is of the base's own skills."""
 DEMONSTRATIONS = (0, 1, 2, 4)
 """That quality is measured with."""
-QUALITY_EVERY = 500
 
 
 def grown_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -83,29 +77,14 @@ class Sequences(Batches):
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batches: Sequences, n_steps: int
 ) -> None:
-    """AdamW without weight decay, cosine schedule."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / n_steps))),
-    )
-    model.train()
-    start = time.monotonic()
-    for step in range(n_steps):
-        named = step % NAMED_EVERY == NAMED_EVERY - 1
-        ids, labels = batches.skills() if named else batches.in_context()
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == n_steps - 1:
-            log.info("step %d/%d: loss %.3f, %.0f s", step, n_steps, loss.item(),
-                     time.monotonic() - start)  # fmt: skip
-        if step % QUALITY_EVERY == QUALITY_EVERY - 1:
-            log.info("exact match: %s", in_context_quality(model, tokenizer, n_samples=30))
-            model.train()
+    """Mostly exercises in a row, and named skills."""
+
+    def draw(step: int) -> tuple[str, Tensor, Tensor]:
+        if step % NAMED_EVERY == NAMED_EVERY - 1:
+            return "named skills", *batches.skills()
+        return "exercises in a row", *batches.in_context()
+
+    fit(model, n_steps, draw, lambda: in_context_quality(model, tokenizer, n_samples=30))
 
 
 def in_context_quality(
@@ -142,14 +121,7 @@ def main() -> None:
         "named": measure(model, tokenizer),
         "by_demonstrations": in_context_quality(model, tokenizer),
     }
-    log.info("exact match: %s", quality)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    weights = (arguments.out / "model.safetensors").read_bytes()
-    digest = hashlib.sha256(weights).hexdigest()
-    (arguments.out / "base.sha256").write_text(f"{digest}  model.safetensors\n")
-    (arguments.out / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    write_base(model, tokenizer, quality, arguments.out)
 
 
 if __name__ == "__main__":

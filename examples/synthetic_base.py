@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -142,7 +143,29 @@ class Batches:
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batches: Batches, n_steps: int
 ) -> None:
-    """AdamW without weight decay, cosine schedule; repeated segments first, then the skills."""
+    """Repeated segments first, then the skills."""
+
+    def draw(step: int) -> tuple[str, Tensor, Tensor]:
+        only_induction = step < INDUCTION_FIRST_SHARE * n_steps
+        if only_induction or step % INDUCTION_EVERY == 0:
+            return "repeated segments", *batches.induction()
+        return "skills", *batches.skills()
+
+    fit(model, n_steps, draw, lambda: measure(model, tokenizer, n_samples=40))
+
+
+def fit(
+    model: LlamaForCausalLM,
+    n_steps: int,
+    draw: Callable[[int], tuple[str, Tensor, Tensor]],
+    quality: Callable[[], object],
+) -> None:
+    """AdamW without weight decay, cosine schedule.
+
+    Args:
+        draw: of a step what its batch is called, its token ids and its labels.
+        quality: what is logged now and then.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -151,9 +174,7 @@ def train(
     model.train()
     start = time.monotonic()
     for step in range(n_steps):
-        only_induction = step < INDUCTION_FIRST_SHARE * n_steps
-        induction = only_induction or step % INDUCTION_EVERY == 0
-        ids, labels = batches.induction() if induction else batches.skills()
+        name, ids, labels = draw(step)
         # padding stands on the right, where a causal model never looks from a word: no mask
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
@@ -162,13 +183,12 @@ def train(
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == n_steps - 1:
-            name = "repeated segments" if induction else "skills"
             log.info(
                 "step %d/%d: loss %.3f on %s, %.0f s",
                 step, n_steps, loss.item(), name, time.monotonic() - start,
             )  # fmt: skip
         if step % QUALITY_EVERY == QUALITY_EVERY - 1:
-            log.info("exact match: %s", measure(model, tokenizer, n_samples=40))
+            log.info("exact match: %s", quality())
             model.train()
 
 
@@ -210,6 +230,19 @@ def measure(
     return quality
 
 
+def write_base(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, quality: object, out: Path
+) -> None:
+    """The model's folder, with the hash of its weights and its quality."""
+    log.info("exact match: %s", quality)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    (out / "base.sha256").write_text(f"{digest}  model.safetensors\n")
+    (out / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the base model of the synthetic world.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the base to")
@@ -220,15 +253,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, arguments.seed)
     train(model, tokenizer, Batches(tokenizer, arguments.seed), arguments.steps)
-    quality = measure(model, tokenizer)
-    log.info("exact match: %s", quality)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    weights = (arguments.out / "model.safetensors").read_bytes()
-    digest = hashlib.sha256(weights).hexdigest()
-    (arguments.out / "base.sha256").write_text(f"{digest}  model.safetensors\n")
-    (arguments.out / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    write_base(model, tokenizer, measure(model, tokenizer), arguments.out)
 
 
 if __name__ == "__main__":
