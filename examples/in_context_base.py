@@ -9,7 +9,7 @@ stay.
 Starts from the weights of the base (the skills are there; what is learned is to tell from
 demonstrations which of them is meant), with new words beside its own. Writes what
 ``synthetic_base.py`` writes; ``quality.json`` has, for each function, exact match by the number of
-demonstrations. Takes about a quarter of an hour on one free core.
+demonstrations. The log says what a step takes.
 """
 
 from __future__ import annotations
