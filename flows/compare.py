@@ -319,8 +319,9 @@ def _settings_of(
 ) -> RunSettings:
     is_full = adaptation.name == "full"
     rate = settings.arms.full_learning_rate if is_full else settings.training.learning_rate
+    share = {"fraction": ranker.fraction} if ranker.fraction is not None else {}
     changes: Sequence[tuple[str, dict[str, Any]]] = (
-        ("heads", {"ranker": ranker.name, "options": ranker.options}),
+        ("heads", {"ranker": ranker.name, "options": ranker.options, **share}),
         ("scoring", {"scorer": scorer.name, "options": scorer.options}),
         (
             "training",

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from flows.plain_yaml import NotPlain, plain_yaml, shortened
+from flows.presets import Preset, with_preset
 from flows.settings_base import Count, CountOrZero, Positive, Section, Share, ShareOrZero
 from flows.settings_errors import explain
 from flows.settings_ray import RaySettings
@@ -259,6 +267,8 @@ class Choice(Section):
     """What it is called in the comparison; its name if empty."""
     learning_rate: Positive | None = None
     """Adaptations only: peak learning rate; that of the run (full: of arms) if empty."""
+    fraction: Share | None = None
+    """Rankers only: share of all query heads that become task heads; that of the run if empty."""
 
     @property
     def shown(self) -> str:
@@ -279,7 +289,7 @@ class CompareSettings(Section):
     """The grid of `p2d compare`; `p2d adapt` does not look at it."""
 
     rankers: Choices = ("frobenius", "random")  # type: ignore[assignment]
-    """Names, or {name, options, label}."""
+    """Names, or {name, options, label, fraction}."""
     scorers: Choices = ("head-filter", "tfidf", "random")  # type: ignore[assignment]
     """Names, or {name, options, label}."""
     adaptations: Choices = ("heads", "full")  # type: ignore[assignment]
@@ -291,12 +301,23 @@ class CompareSettings(Section):
     everything: bool = True
     """Also full fine-tuning on the whole corpus; the AER is then against its measured time."""
 
+    @field_validator("rankers", "scorers", "adaptations")
+    @classmethod
+    def _told_apart(cls, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        shown = [choice.shown for choice in choices]
+        for one, name in zip(choices, shown, strict=True):
+            if any(name == other.shown and one != other for other in choices):
+                raise ValueError(f"two of them are called {name!r}; give each a label")
+        return choices
+
 
 class RunSettings(Section):
     """One adaptation: from base, target and corpus to an adapted model and its AER."""
 
     name: str = "adapt"
     """What the run is called."""
+    preset: Preset = "default"
+    """What is left out is as it won (default), as the papers say (paper), or cheap."""
     base: Annotated[str, Field(min_length=1)]
     """Folder of a model with safetensors, relative to this settings file; or hf://OWNER/NAME@COMMIT."""
     target: SourceSettings
@@ -326,6 +347,11 @@ class RunSettings(Section):
     ray: RaySettings = RaySettings()
     skip_bad_rows: CountOrZero = 0
     """Rows of all data files that may be no samples; they are left out, with the reason kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        return with_preset(values)
 
 
 def load_settings(file: Path) -> RunSettings:

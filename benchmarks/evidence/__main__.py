@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument(
         "--study", nargs="*", metavar="NAME", default=None,
-        help="hard, in-context, synthetic; all if left out, without a name the page alone",
+        help="which, see studies.py; all if left out, without a name the page alone",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on")
     parser.add_argument("--store", type=Path, default=ROOT / "artifacts" / "evidence")
@@ -35,16 +35,20 @@ def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Pa
     # what is set for Prefect has to stand before it is imported
     prepare_environment(store)
     start_server()
-    from benchmarks.evidence import page, selection, training
-    from benchmarks.evidence.studies import STUDIES
+    from benchmarks.evidence import page, selection, training, tuning
+    from benchmarks.evidence.studies import STUDIES, NotThere
 
     for name in (chosen := list(STUDIES) if names is None else list(names)):
         if name not in STUDIES:
             raise SystemExit(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
     for name in chosen:
         start, study = time.perf_counter(), STUDIES[name]
-        run = training.run if study.trained else selection.run
-        run(study, seeds, store, kept / name)
+        runner = tuning if study.variants else training if study.trained else selection
+        try:
+            runner.run(study, seeds, store, kept / name)
+        except NotThere as error:
+            log.warning("%s: skipped: %s", name, error)
+            continue
         log.info("%s: %d seeds in %.0f s", name, len(seeds), time.perf_counter() - start)
         page.write(kept)
     page.write(kept)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.evidence import selection
-from benchmarks.evidence.picture import draw_precision
+from benchmarks.evidence import selection, tuning
+from benchmarks.evidence.picture import Point, draw_precision, draw_trained
 from benchmarks.evidence.selection import Choice
-from benchmarks.evidence.studies import STUDIES, Study
+from benchmarks.evidence.studies import EVERYTHING, STUDIES, Study
+from benchmarks.evidence.tuning import Trained
 from p2d_core.comparison import arms, picture
 from p2d_core.comparison.arms import NONE
 from p2d_core.comparison.statistics import Interval, mean_interval
@@ -36,7 +37,9 @@ def write(kept: Path) -> Path:
         folder = kept / name
         if study.trained and (folder / arms.COMPARISON).exists():
             parts += _trained(name, study, folder)
-        elif not study.trained and (folder / selection.TABLE).exists():
+        elif study.variants and (folder / tuning.TABLE).exists():
+            parts += _tuned(name, study, folder)
+        elif (folder / selection.TABLE).exists():
             parts += _chosen(name, study, folder)
     page = kept.parent / PAGE
     page.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
@@ -122,6 +125,52 @@ def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
             asked = answer.question
             yield f"\n{asked}\n"
         yield f"- {answer.words}"
+    yield ""
+
+
+def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
+    found = list(tuning.read(folder))
+    by_variant: dict[str, dict[int, Trained]] = {}
+    for each in found:
+        by_variant.setdefault(each.variant, {})[each.seed] = each
+    yield from _title(name, study, {each.seed for each in found})
+    points = {
+        variant: Point(
+            mean_interval([each.quality for each in of.values()]),
+            mean_interval([each.retention for each in of.values()]),
+            sum(each.aer for each in of.values()) / len(of),
+        )
+        for variant, of in by_variant.items()
+    }
+    draw_trained(points, folder / "trained.png")
+    yield f"![Exact match and retention against AER](evidence/{name}/trained.png)\n"
+    full, first = by_variant.get(EVERYTHING), next(iter(by_variant))
+    against, what = (full, EVERYTHING) if full else (by_variant[first], first)
+    searched = any(each.search_seconds for each in found)
+    yield (
+        f"Exact match on the target and on the old skills; gain: over {what}, paired by seed. "
+        + (
+            "The learning rate is the best of three on a validation split; the AER is without "
+            "that search, whose seconds stand beside.\n"
+            if searched
+            else "One learning rate for all.\n"
+        )
+    )
+    yield "| trained | exact match | gain | old skills | AER | parameters | rates | search |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for variant, of in by_variant.items():
+        gain = mean_interval([of[seed].quality - against[seed].quality for seed in sorted(of)])
+        rates = sorted({each.learning_rate for each in of.values()})
+        cells = [
+            _shown(points[variant].quality),
+            "" if variant == what else f"{gain.mean:+.3f} ({_bounds(gain)})",
+            _shown(points[variant].retention),
+            f"{points[variant].aer:.2f}",
+            f"{next(iter(of.values())).parameters:,}",
+            ", ".join(f"{rate:g}" for rate in rates),
+            f"{sum(each.search_seconds for each in of.values()) / len(of):.0f} s",
+        ]
+        yield f"| {variant} | {' | '.join(cells)} |"
     yield ""
 
 

@@ -1,9 +1,10 @@
-"""The chart of a study of choices: precision of every scorer, a panel a world."""
+"""The charts of the studies: whom scorers choose, and what training gives for its price."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from p2d_core.comparison.arms import NONE
@@ -55,4 +56,41 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
         for number, ranker in enumerate(rankers)
     ]  # fmt: skip
     figure.legend(handles=handles, fontsize=8, loc="outside upper center", ncols=len(handles))
+    figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A variant of training, over seeds."""
+
+    quality: Interval
+    retention: Interval
+    aer: float
+
+
+def draw_trained(points: Mapping[str, Point], path: Path) -> None:
+    """A PNG: quality on the target and retention, each against the AER; bars are 95% intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, what in zip(figure.subplots(1, 2, sharex=True), ("quality", "retention"),
+                           strict=True):  # fmt: skip
+        for number, (variant, point) in enumerate(points.items()):
+            interval: Interval = getattr(point, what)
+            half = interval.high - interval.mean if interval.n > 1 else 0
+            panel.errorbar(
+                point.aer, interval.mean, yerr=half, capsize=2, markersize=6,
+                marker="osD^vP*"[number // 10], color=f"C{number % 10}",
+                label=variant if what == "quality" else None,
+            )  # fmt: skip
+        panel.set_xscale("log")
+        for formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+            formatter(lambda value, _: f"{value:.2g}")
+        panel.set_ylabel("exact match, " + ("target" if what == "quality" else "old skills"))
+        panel.set_ylim(-0.03, 1.03)
+        panel.grid(alpha=0.25)
+    figure.supxlabel("AER, cold", fontsize=9)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path)

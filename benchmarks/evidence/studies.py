@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flows.demo import demo_settings
-from flows.settings import RunSettings
+from flows.settings import RunSettings, parse_settings
 from p2d_core.synthetic import IN_CONTEXT_BASE_FOLDER
 from p2d_core.synthetic.hard_worlds import WORLDS, Kind, write_hard_world
 
+GSM8K = Path(__file__).parents[2] / "examples" / "gsm8k.yaml"
 N_PROXY_STEPS = 15 * 100
 """Samples that a proxy run sees in all, with few proxy samples too: passes x samples."""
 MOST_EPOCHS = 100
@@ -24,16 +27,35 @@ Prepare = Callable[[Path, int], RunSettings]
 """Writes a world's files into a folder for a seed, and gives the settings of a run on them."""
 
 
+SUBSET, EVERYTHING = "subset", "full on everything"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: what of the run's settings is different."""
+
+    name: str
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Section -> settings."""
+    rates: tuple[float, ...] = (4e-3,)
+    """Learning rates to choose from on a validation split."""
+    data: str = SUBSET
+    """What to train on: `SUBSET`, `EVERYTHING`, or the name of a draw in `draws.DRAWS`."""
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    """How to choose the subset, where not as the run does."""
+
+
 @dataclass(frozen=True)
 class Study:
     """Worlds in each of which every ranker and scorer is tried: by whom it chooses, or, trained, by
-    what training on its choice gives."""
+    what training on its choice gives; or every variant of training."""
 
     about: str
     worlds: Mapping[str, Prepare]
-    compare: Mapping[str, Any]
+    compare: Mapping[str, Any] = field(default_factory=dict)
     """Of the section `compare` of the settings; seeds apart."""
     trained: bool = False
+    variants: tuple[Variant, ...] = ()
 
 
 def plain(folder: Path, seed: int) -> RunSettings:
@@ -69,6 +91,36 @@ def hard(kind: Kind, *, n_proxy: int = 100, invented: bool = False) -> Prepare:
     return prepare
 
 
+class NotThere(Exception):
+    """What a study reads is not on this machine; says what, and what to do."""
+
+
+def gsm8k(*, n_target: int, n_code: int) -> Prepare:
+    """The example on real text, smaller; without the other source it is the paper's setting, in
+    which the corpus is the rest of the target's own training set."""
+
+    def prepare(folder: Path, seed: int) -> RunSettings:
+        values = yaml.safe_load(GSM8K.read_text(encoding="utf-8"))
+        sources = values["corpus"]["sources"]
+        files = (values["base"], *(s["path"] for s in (values["target"], *sources)))
+        for file in files:
+            if not (GSM8K.parent / file).exists():
+                raise NotThere(f"there is no {file}; {GSM8K.name} says how to get it")
+        values["target"]["limit"] = n_target
+        sources[0]["limit"] = n_code
+        values["corpus"]["sources"] = sources if n_code else []
+        return parse_settings(values | {"seed": seed, "threads": 1}, GSM8K)
+
+    return prepare
+
+
+ON_TEXT = {
+    "rankers": ("frobenius", "random"),
+    "scorers": ("head-filter", "head-activation", "tfidf", "rds-plus", "random"),
+    "adaptations": ("heads", "full"),
+    "everything": True,
+}
+
 RANKERS = ("frobenius", "ablation", "spad", *RANDOM_HEADS)
 SCORERS = (
     "head-filter",
@@ -80,22 +132,91 @@ SCORERS = (
     "random",
 )
 
+RATES = (2e-3, 4e-3, 8e-3)
+"""Of the task heads, and of LoRA."""
+FULL_RATES = (1e-3, 2e-3, 4e-3)
+
+
+def heads(name: str, epochs: int = 10, **changes: Any) -> Variant:
+    """Head-masked training with other heads."""
+    return Variant(name, {"heads": changes, "training": {"epochs": epochs}}, RATES)
+
+
+def others(adaptation: str, rates: tuple[float, ...], **options: Any) -> Variant:
+    """Other parameters than the task heads'."""
+    training = {"adaptation": adaptation, "options": options}
+    return Variant(f"{adaptation} on the subset", {"training": training}, rates)
+
+
+TUNING = (
+    heads("10% by frobenius"),
+    heads("3% by frobenius", fraction=0.03),
+    heads("25% by frobenius", fraction=0.25),
+    heads("50% by frobenius", fraction=0.5),
+    heads("10% by ablation", ranker="ablation"),
+    heads("10% by spad", ranker="spad"),
+    heads("10% at random", ranker="random"),
+    heads("10% by frobenius, 3 epochs", epochs=3),
+    heads("10% by frobenius, 30 epochs", epochs=30),
+    Variant(
+        "10% by frobenius, q and o alone", {"training": {"options": {"include_kv": False}}}, RATES
+    ),
+    others("attention", FULL_RATES),
+    others("lora", RATES, rank=4),
+    others("full", FULL_RATES),
+    Variant(EVERYTHING, {"training": {"adaptation": "full"}}, FULL_RATES, data=EVERYTHING),
+)
+TWICE = {"training": {"epochs": 20}}
+DRAWN = (
+    Variant("by response length, as the proxies", TWICE),
+    *(
+        Variant(name, TWICE, data=draw)
+        for name, draw in (
+            ("uniformly", "uniform"),
+            ("the highest affinity", "top"),
+            ("by cluster of head vectors", "clusters"),
+            ("by facility location on head vectors", "facility-location"),
+        )
+    ),
+    *(
+        Variant(f"by response length, replay {share}", TWICE, selection={"replay": share})
+        for share in (0.0, 0.2, 0.6)
+    ),
+)
+
+
+def half_as_many(folder: Path, seed: int) -> RunSettings:
+    """The demo with a twentieth of the corpus, so that a draw leaves much out."""
+    values = plain(folder, seed).model_dump(mode="json")
+    values["selection"]["fraction"] = 0.05
+    return RunSettings.model_validate(values)
+
+
 STUDIES: dict[str, Study] = {
     "hard": Study(
-        "Which scorer finds the target when words do not tell it, when there are few proxy "
-        "samples, and when the target is rare?",
+        "Which scorer finds the target when words do not tell it, nor lengths?",
         {
             "plain": hard("plain"),
             "renamed": hard("renamed"),
             "hidden": hard("hidden"),
             "equal-length": hard("equal-length"),
+        },
+        {"rankers": RANKERS, "scorers": SCORERS, "adaptations": ("full",)},
+    ),
+    "scarce": Study(
+        "Which scorer finds the target with few proxy samples, and when the target is rare?",
+        {
             "30 proxies": hard("plain", n_proxy=30),
             "10 proxies": hard("plain", n_proxy=10),
             "3 proxies": hard("plain", n_proxy=3),
             "rare-1%": hard("rare-1%"),
             "rare-0.1%": hard("rare-0.1%"),
         },
-        {"rankers": RANKERS, "scorers": SCORERS, "adaptations": ("full",)},
+        {
+            "rankers": ("frobenius", "ablation", RANDOM_HEADS[0]),
+            "scorers": tuple(name for name in SCORERS if name != "loss-shift"),
+            "adaptations": ("full",),
+        },
     ),
     "in-context": Study(
         "With a base that learns from demonstrations: does the attention that they get choose?",
@@ -126,12 +247,35 @@ STUDIES: dict[str, Study] = {
         "The main job with everything that it is held against, on the demo's world.",
         {"plain": plain},
         {
-            "rankers": ("frobenius", "ablation", "spad", "random"),
-            "scorers": ("head-filter", "head-activation", "loss-shift", "tfidf", "rds-plus",
-                        "random"),
+            "rankers": ("frobenius", "spad", "random"),
+            "scorers": ("head-filter", "head-activation", "tfidf", "rds-plus", "random"),
             "adaptations": ("heads", "full"),
             "everything": True,
         },
         trained=True,
+    ),
+    "gsm8k-and-code": Study(
+        "Real text and a weak base: GSM8K from a corpus of GSM8K and CodeAlpaca.",
+        {"text": gsm8k(n_target=700, n_code=550)},
+        ON_TEXT,
+        trained=True,
+    ),
+    "gsm8k-alone": Study(
+        "Real text and a weak base: the corpus is what the proxy set leaves of GSM8K itself.",
+        {"text": gsm8k(n_target=1250, n_code=0)},
+        ON_TEXT,
+        trained=True,
+    ),
+    "tuning": Study(
+        "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "
+        "on all of it?",
+        {"plain": plain},
+        variants=TUNING,
+    ),
+    "draws": Study(
+        "How to draw from what passes the gates, a twentieth of the demo's corpus, and how much "
+        "replay against forgetting?",
+        {"plain": half_as_many},
+        variants=DRAWN,
     ),
 }  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from flows.presets import PRESETS, Preset
 from p2d_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ HEAD = """\
 #
 #     p2d adapt {file}
 #
-# Everything else may be left as it is, or left out: the values below are the defaults. Paths are
-# relative to this file. What is empty is found, or left out, as its comment says.
+# Everything else may be left as it is, or left out: the values below are those of the preset
+# {preset}. Paths are relative to this file. What is empty is found, or left out, as its comment
+# says.
 """
 PLACEHOLDERS = {"base": "path/to/model", "path": "path/to/target.jsonl"}
 EXAMPLES = {
@@ -50,17 +52,24 @@ def config(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write there; it must not exist yet."),
     ] = None,
+    preset: Annotated[
+        Preset,
+        typer.Option(
+            help="Values as they won (default), as the papers say (paper), or cheap; the reasons "
+            "are in docs/evidence.md."
+        ),
+    ] = "default",
 ) -> None:
-    """Print all settings with their defaults and meanings, as a YAML file to start from.
+    """Print all settings with their values and meanings, as a YAML file to start from.
 
     Example: [bold]p2d config -o my.yaml[/bold]
     """
     if output is None:
-        typer.echo(commented_yaml("my.yaml"), nl=False)
+        typer.echo(commented_yaml("my.yaml", preset), nl=False)
         return
     try:
         with output.open("x", encoding="utf-8") as stream:
-            stream.write(commented_yaml(output.name))
+            stream.write(commented_yaml(output.name, preset))
     except FileExistsError:
         raise InputError(
             f"{output} is there already and stays as it is. Give another name to -o."
@@ -70,14 +79,18 @@ def config(
     typer.echo(f"Wrote {output}. Fill in base and target, then: p2d adapt {output}")
 
 
-def commented_yaml(file: str) -> str:
+def commented_yaml(file: str, preset: Preset = "default") -> str:
     """Loads again as it is; ``file`` stands in the command at its head."""
     from flows.settings import RunSettings
 
-    return "\n".join([HEAD.format(file=file), *_lines(RunSettings, "", "")]) + "\n"
+    head = HEAD.format(file=file, preset=preset)
+    meant = {"preset": preset, **PRESETS[preset]}
+    return "\n".join([head, *_lines(RunSettings, meant, "", "")]) + "\n"
 
 
-def _lines(model: type[BaseModel], indent: str, path: str) -> Iterator[str]:
+def _lines(
+    model: type[BaseModel], meant: Mapping[str, Any], indent: str, path: str
+) -> Iterator[str]:
     after_section = False
     for name, field in model.model_fields.items():
         inner = _model_in(field.annotation)
@@ -90,14 +103,15 @@ def _lines(model: type[BaseModel], indent: str, path: str) -> Iterator[str]:
             meaning = field.description or (inner.__doc__ or "").strip()
             yield f"{indent}# {meaning}"
             yield f"{indent}{name}:"
-            yield from _lines(inner, indent + "  ", f"{path}{name}.")
+            yield from _lines(inner, meant.get(name, {}), indent + "  ", f"{path}{name}.")
         else:
-            yield from _entry(name, field, indent)
+            yield from _entry(name, field, meant, indent)
             yield from (f"{indent}{line}" for line in EXAMPLES.get(path + name, []))
 
 
-def _entry(name: str, field: FieldInfo, indent: str) -> list[str]:
-    entry = f"{indent}{name}: {_value(name, field)}".rstrip()
+def _entry(name: str, field: FieldInfo, meant: Mapping[str, Any], indent: str) -> list[str]:
+    value = _value(meant[name]) if name in meant else _default(name, field)
+    entry = f"{indent}{name}: {value}".rstrip()
     meaning = " ".join(part for part in (field.description or "", _bounds(field)) if part)
     if not meaning:
         return [entry]
@@ -114,31 +128,24 @@ def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, WIDEST, initial_indent=start, subsequent_indent=start)
 
 
-def _value(name: str, field: FieldInfo) -> str:
+def _default(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return PLACEHOLDERS[name]
-    default = field.get_default(call_default_factory=True)
-    if default is None:
+    return _value(field.get_default(call_default_factory=True))
+
+
+def _value(value: Any) -> str:
+    import json
+
+    if value is None:
         return ""
-    if isinstance(default, str):
-        import json
-
+    if isinstance(value, str):
         # as YAML reads it: quoted where it would be taken for something else
-        return (
-            default if default.replace("-", "").replace("_", "").isalnum() else json.dumps(default)
-        )
-    if isinstance(default, bool):
-        return "true" if default else "false"
-    if isinstance(default, tuple | list):
-        import json
-
-        return json.dumps(default)
-    if isinstance(default, dict):
-        return "{}"
-    if isinstance(default, float) and default < 0.001:
+        return value if value.replace("-", "").replace("_", "").isalnum() else json.dumps(value)
+    if isinstance(value, float) and value < 0.001:
         # YAML 1.1 reads 1e-4 as text
-        return f"{default:.10f}".rstrip("0") if default else "0.0"
-    return str(default)
+        return f"{value:.10f}".rstrip("0") if value else "0.0"
+    return json.dumps(value) if isinstance(value, bool | tuple | list | dict) else str(value)
 
 
 def _bounds(field: FieldInfo) -> str:

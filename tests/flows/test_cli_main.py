@@ -6,11 +6,13 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from flows.cli import doctor
 from flows.cli.config import commented_yaml
+from flows.presets import Preset
 from flows.settings import RunSettings, load_settings
 from p2d_core.errors import DataError, TrainingError
 
@@ -124,6 +126,21 @@ def test_the_written_settings_load_again_as_the_defaults(p2d, tmp_path):
     for required in ("base", "target"):
         del loaded[required], meant[required]
     assert loaded == meant
+
+
+@pytest.mark.parametrize("preset", get_args(Preset))
+def test_the_written_settings_of_a_preset_load_again_as_that(p2d, tmp_path, preset):
+    code, out, _ = p2d("config", "--preset", preset)
+    assert code == 0
+    (tmp_path / "my.yaml").write_text(out)
+    loaded = load_settings(tmp_path / "my.yaml")
+    left_out = {"base": loaded.base, "target": loaded.target, "preset": preset}
+    assert loaded == RunSettings.model_validate(left_out)
+
+
+def test_an_unknown_preset_is_refused(p2d):
+    code, _, err = p2d("config", "--preset", "best")
+    assert (code, "'default', 'paper', 'cheap'" in err) == (2, True)
 
 
 def test_the_written_settings_explain_every_key_and_fit_the_screen():

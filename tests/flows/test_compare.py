@@ -47,6 +47,16 @@ def test_every_combination_that_differs_in_what_it_looks_at_is_an_arm(compared):
     assert ("random", "frobenius", "full") not in arms
 
 
+def test_a_ranker_may_have_a_share_of_the_heads_of_its_own(compared):
+    _, file, _ = compared
+    settings = load_settings(file)
+    wide = {"name": "frobenius", "label": "wide", "fraction": 0.5}
+    compare = settings.compare.model_validate(GRID | {"rankers": ["frobenius", wide]})
+    arms = grid_of(settings.model_copy(update={"compare": compare})).arms
+    shares = {arm.ranker: its.heads.fraction for arm, its in arms.items() if arm.ranker != NONE}
+    assert shares == {"frobenius": settings.heads.fraction, "wide": 0.5}
+
+
 def test_stages_that_arms_share_are_computed_once(compared):
     job, _, _ = compared
     store = Store(job.store)

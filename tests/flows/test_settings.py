@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from flows.inputs import check_inputs, make_runtime
-from flows.settings import RunSettings, load_settings, parse_settings
+from flows.presets import PRESETS
+from flows.settings import CompareSettings, RunSettings, load_settings, parse_settings
 from p2d_core.errors import SettingsError
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 
@@ -120,6 +121,7 @@ CHANGES = [
     ("training", {"gradient_checkpointing": True}),
     ("training", {"parallel": "fsdp"}),
     ("arms", {"full_learning_rate": 1}),
+    ("preset", "paper"),
 ]
 
 
@@ -145,3 +147,45 @@ def test_a_changed_setting_reaches_the_stages(world, section, change):
     before = given.get(section)
     changed = before | change if isinstance(change, dict) and before else change
     assert handed_on(given | {section: changed}) != handed_on(given)
+
+
+def test_a_preset_gives_what_the_file_leaves_out_and_nothing_else():
+    given = {"base": "b", "target": {"path": "t"}, "preset": "paper", "heads": {"fraction": 0.2}}
+    settings = RunSettings.model_validate(given)
+    assert (settings.heads.ranker, settings.heads.fraction) == ("spad", 0.2)
+    assert settings.scoring.scorer == "icl-attention"
+    own = RunSettings.model_validate(given | {"heads": {"ranker": "taylor"}})
+    assert own.heads.ranker == "taylor"
+
+
+def test_options_of_a_preset_belong_to_its_plugin():
+    given = {"base": "b", "target": {"path": "t"}, "preset": "paper"}
+    assert RunSettings.model_validate(given).scoring.options == {"bias": "per-token"}
+    other = RunSettings.model_validate(given | {"scoring": {"scorer": "tfidf"}})
+    assert other.scoring.options == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_one_that_a_run_takes(world, preset):
+    """Its plugins are there and take its options."""
+    values = {
+        "base": str(BASE_FOLDER),
+        "target": {"path": "target.jsonl"},
+        "corpus": {"sources": [{"path": "corpus/ledgers.jsonl"}]},
+        "preset": preset,
+    }
+    check_inputs(parse_settings(values, world / "run.yaml"))
+
+
+def test_settings_that_were_written_out_whole_read_back_the_same():
+    given = {"base": "b", "target": {"path": "t"}, "preset": "paper"}
+    settings = RunSettings.model_validate(given)
+    assert RunSettings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_choices_of_a_comparison_that_differ_have_names_that_do():
+    shares = [{"name": "frobenius", "fraction": share} for share in (0.1, 0.25)]
+    labelled = [share | {"label": f"{share['fraction']:.0%}"} for share in shares]
+    assert [each.shown for each in CompareSettings(rankers=labelled).rankers] == ["10%", "25%"]
+    with pytest.raises(ValidationError, match="two of them are called 'frobenius'; give each a l"):
+        CompareSettings(rankers=shares)

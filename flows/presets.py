@@ -1,0 +1,47 @@
+"""Presets: settings that belong together; what a file gives itself goes before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+Preset = Literal["default", "paper", "cheap"]
+
+PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
+    # what won, see docs/evidence.md: the defaults of the settings themselves
+    "default": {},
+    # arXiv 2605.21558 and what it builds on: sPAD, attention in context, the best tenth as it is
+    "paper": {
+        "heads": {"ranker": "spad"},
+        "scoring": {"scorer": "icl-attention", "options": {"bias": "per-token"}},
+        "selection": {"match_lengths": False},
+    },
+    # of what is within two points of the best, the lowest AER
+    "cheap": {
+        "scoring": {"depth": 0.5},
+        "arms": {"random": False},
+    },
+}
+assert set(PRESETS) == set(get_args(Preset))
+
+
+def with_preset(values: Any) -> Any:
+    """The settings with those of their preset where they give none; other values as they are.
+
+    A section's ``options`` belong to the plugin that it names: they are taken over only where the
+    file names no other plugin.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    preset = PRESETS.get(values.get("preset", "default"))
+    if not preset:
+        return values
+    filled = dict(values)
+    for section, meant in preset.items():
+        given = filled.get(section, {})
+        if not isinstance(given, Mapping):
+            continue
+        if "options" in meant and {"ranker", "scorer"} & set(given):
+            meant = {name: value for name, value in meant.items() if name != "options"}
+        filled[section] = {**meant, **given}
+    return filled
