@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks.evidence import page, selection
+from benchmarks.evidence import page, selection, tuning
+from benchmarks.evidence.draws import DRAWS, Passed
 from benchmarks.evidence.selection import Choice
-from benchmarks.evidence.studies import STUDIES, Study, hard
-from flows.settings import CompareSettings
+from benchmarks.evidence.studies import STUDIES, Study, Variant, hard, plain
+from benchmarks.evidence.tuning import Trained
+from flows.settings import CompareSettings, RunSettings
 
 
 def choice(scorer: str, ranker: str, clean: int, seed: int = 0, world: str = "renamed") -> Choice:
@@ -68,6 +71,67 @@ def test_one_seed_shows_nothing(tmp_path):
     rows = [choice("loss-shift", "spad", 9), choice("tfidf", "-", 1)]
     selection.write(rows, tmp_path / "evidence" / "hard")
     assert "one seed shows nothing" in page.write(tmp_path / "evidence").read_text()
+
+
+def hasty(folder: Path, seed: int) -> RunSettings:
+    """The demo with hardly any training."""
+    values = plain(folder, seed).model_dump(mode="json")
+    values["proxy"] |= {"epochs": 1}
+    values["heads"] |= {"proxy_epochs": 1}
+    values["training"] |= {"epochs": 1}
+    values["arms"] |= {"full": "calibrated"}
+    return RunSettings.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[dict[str, Trained], Path]:
+    folder = tmp_path_factory.mktemp("tuning")
+    variants = (
+        Variant("heads", rates=(1e-6, 8e-3)),
+        Variant("drawn", data="facility-location"),
+        Variant("no replay", selection={"replay": 0.0}),
+    )
+    kept = folder / "docs" / "evidence" / "tuning"
+    study = Study("Small.", {"plain": hasty}, variants=variants)
+    found = tuning.run(study, range(1), folder / "store", kept)
+    assert list(tuning.read(kept)) == found
+    return {each.variant: each for each in found}, kept
+
+
+def test_the_learning_rate_is_the_best_on_the_validation_split(trained):
+    heads = trained[0]["heads"]
+    assert heads.learning_rate in (1e-6, 8e-3)
+    assert heads.search_seconds > 0 == trained[0]["drawn"].search_seconds
+
+
+def test_what_variants_train_on_differs_and_the_page_shows_what_came_of_it(trained):
+    by_variant, kept = trained
+    assert len({each.retention for each in by_variant.values()}) > 1
+    assert all(each.aer > 0 for each in by_variant.values())
+    written = page.write(kept.parent).read_text()
+    assert "| no replay | " in written
+    assert (kept / "trained.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def passed() -> Passed:
+    """Forty alike, and one by itself in another direction."""
+    angles = np.append(np.linspace(0.0, 0.1, 40), 2.0)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return Passed(affinity=np.linspace(0, 1, 41), vectors=vectors)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_draw_takes_as_many_as_are_wanted_each_once(passed, name):
+    drawn = DRAWS[name](passed, 20, np.random.default_rng(0))
+    assert len(drawn) == len(set(drawn)) == 20
+    assert set(drawn) <= set(range(41))
+
+
+def test_draws_for_diversity_take_the_one_that_is_unlike_the_others(passed):
+    for name in ("clusters", "facility-location"):
+        assert 40 in DRAWS[name](passed, 15, np.random.default_rng(0))
+    assert list(DRAWS["top"](passed, 2, np.random.default_rng(0))) == [40, 39]
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))

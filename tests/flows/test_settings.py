@@ -172,6 +172,7 @@ def test_every_preset_is_one_that_a_run_takes(world, preset):
         "base": str(BASE_FOLDER),
         "target": {"path": "target.jsonl"},
         "corpus": {"sources": [{"path": "corpus/ledgers.jsonl"}]},
+        "evaluation": {"samples": 40},
         "preset": preset,
     }
     check_inputs(parse_settings(values, world / "run.yaml"))
