@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from flows.demo import demo_settings
+from flows.presets import PRESETS
 from flows.settings import RunSettings, parse_settings
 from p2d_core.synthetic import IN_CONTEXT_BASE_FOLDER
 from p2d_core.synthetic.hard_worlds import WORLDS, Kind, write_hard_world
@@ -192,6 +193,9 @@ def half_as_many(folder: Path, seed: int) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
+HALF_DEPTH = {"name": "head-filter", "options": {"depth": 0.5}, "label": "head-filter, half depth"}
+AS_THE_PAPER = {"name": "icl-attention", "options": PRESETS["paper"]["scoring"]["options"]}
+
 STUDIES: dict[str, Study] = {
     "hard": Study(
         "Which scorer finds the target when words do not tell it, nor lengths?",
@@ -248,7 +252,11 @@ STUDIES: dict[str, Study] = {
         {"plain": plain},
         {
             "rankers": ("frobenius", "spad", "random"),
-            "scorers": ("head-filter", "head-activation", "tfidf", "rds-plus", "random"),
+            "scorers": (
+                "head-filter",
+                HALF_DEPTH, AS_THE_PAPER,
+                "head-activation", "loss-shift", "tfidf", "rds-plus", "random",
+            ),
             "adaptations": ("heads", "full"),
             "everything": True,
         },
