@@ -123,8 +123,15 @@ ON_TEXT = {
 }
 
 RANKERS = ("frobenius", "ablation", "spad", *RANDOM_HEADS)
-SCORERS = (
+THREE_GATES = {
+    "name": "head-filter",
+    "options": {"shift_quantile": 0.1},
+    "label": "head-filter, three gates",
+}
+SCORERS: tuple[Any, ...] = (
     "head-filter",
+    THREE_GATES,
+    "loss-filter",
     "head-activation",
     "head-proxy-loss",
     "loss-shift",

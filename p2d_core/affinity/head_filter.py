@@ -6,19 +6,20 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from p2d_core.affinity.head_activation import HeadActivation
-from p2d_core.affinity.losses import HeadProxyLoss
+from p2d_core.affinity.losses import HeadProxyLoss, LossShift
 from p2d_core.affinity.protocol import Step, scorers
 
 
 @scorers.register("head-filter")
 @dataclass(frozen=True)
 class HeadFilter:
-    """Two gates that the target's own samples set; what passes is drawn from without favour.
+    """Gates that the target's own samples set; what passes is drawn from without favour.
 
     Domain: the head-activation affinity is as high as the proxy samples have it to each other
     (each left out of its own neighbours). Consistency: the response's loss under the base with
     the task heads tuned on the proxy set is as low as on held-out target samples; only what is
-    of the domain is measured for it.
+    of the domain is measured for it. Shift, if asked for: tuning took as much off the loss as off
+    theirs, which what the base knew already does not show; of what passed both.
 
     Source: ours.
     """
@@ -27,6 +28,9 @@ class HeadFilter:
     """Quantile, in [0, 1], of the proxy samples' own affinities that a sample has to reach."""
     consistency_quantile: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Quantile, in [0, 1], of minus the held-out samples' losses that a sample has to reach."""
+    shift_quantile: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Quantile, in [0, 1], of the held-out samples' shifts that a sample has to reach; no such gate
+    if empty."""
     neighbours: Annotated[int, Field(ge=1)] = 5
     """As in head-activation."""
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -44,9 +48,12 @@ class HeadFilter:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Domain, then consistency."""
+        """Domain, then consistency, then shift if asked for."""
         activation = HeadActivation(self.neighbours, self.shrinkage, self.depth)
-        return (
+        steps = (
             Step("domain", activation, self.domain_quantile),
             Step("consistency", HeadProxyLoss(), self.consistency_quantile),
         )
+        if self.shift_quantile is None:
+            return steps
+        return (*steps, Step("shift", LossShift(), self.shift_quantile))

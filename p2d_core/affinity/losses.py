@@ -74,8 +74,8 @@ class LossShift:
     needs_head_proxy: ClassVar[bool] = True
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
-        """Nothing."""
-        return {}
+        """``held_out`` [n]: shifts of the held-out target samples, with a target."""
+        return {"held_out": _shifts(model, target.held_out)} if target.held_out else {}
 
     def measure(
         self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
@@ -93,6 +93,15 @@ class LossShift:
                 table["tuned_loss"], dtype=np.float64
             )
             yield pa.array(difference)
+
+    def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
+        """Of the held-out target samples, which no tuning saw."""
+        return state["held_out"].double()
+
+
+def _shifts(model: CapturedModel, samples: Sequence[Sample]) -> Tensor:
+    base = model.response_losses(model.encode(samples)).to(torch.float32)
+    return base - _tuned_losses(model, samples)
 
 
 def _tuned_losses(model: CapturedModel, samples: Sequence[Sample]) -> Tensor:

@@ -26,7 +26,7 @@ MODEL_RUN_BY = sorted({*SINGLE} - RUNNING_NO_MODEL)
 
 
 def test_no_scorer_is_left_out_of_these_tests():
-    chains = {name for name in scorers if name.startswith("head-filter")}
+    chains = {"head-filter", "loss-filter"}
     assert {*SINGLE} | chains == {*scorers}
 
 
@@ -227,6 +227,27 @@ def test_head_filter_is_a_chain_of_two_gated_steps():
     assert (first.name, first.gate) == ("domain", 0.2)
     assert (second.name, second.gate) == ("consistency", 0.1)
     assert second.scorer.needs_head_proxy
+
+
+def test_head_filter_has_a_third_gate_if_asked_for():
+    steps = steps_of(scorers.make("head-filter", {"shift_quantile": 0.3}))
+    assert [step.name for step in steps] == ["domain", "consistency", "shift"]
+    assert steps[2].gate == 0.3
+
+
+def test_loss_filter_gates_by_the_tuned_loss_and_by_what_tuning_took_off():
+    options = {"consistency_quantile": 0.2, "shift_quantile": 0.3}
+    first, second = steps_of(scorers.make("loss-filter", options))
+    assert (first.name, first.gate) == ("consistency", 0.2)
+    assert (second.name, second.gate) == ("shift", 0.3)
+    assert not any(step.scorer.needs_heads for step in (first, second))
+
+
+def test_the_shift_of_held_out_target_samples_is_what_they_would_have_in_the_corpus(model, heads):
+    scorer = scorers.make("loss-shift", {})
+    own = scorer.own_affinity(scorer.prepare(model, heads, TARGET), [])
+    in_corpus = affinities("loss-shift", model, heads, [list(TARGET.held_out)])
+    np.testing.assert_allclose(own, in_corpus, atol=1e-6)
 
 
 def test_an_unknown_scorer_lists_the_known_ones():
