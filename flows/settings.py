@@ -148,8 +148,8 @@ class ProxySettings(Section):
 class HeadsSettings(Section):
     """Which query heads count as task heads."""
 
-    ranker: str = "spad"
-    """spad, frobenius, ablation, gradient, taylor; random or bottom (controls)."""
+    ranker: str = "frobenius"
+    """frobenius, spad, ablation, gradient, taylor; random or bottom (controls)."""
     options: dict[str, Any] = {}
     """Settings of that ranker, for instance {support: values} of spad."""
     fraction: Share = 0.1

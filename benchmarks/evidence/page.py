@@ -54,8 +54,8 @@ def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
     yield (
         "Precision: share of clean target samples among the chosen, as many as the corpus has of "
         "them and at most a tenth of it. AUC: how well the order tells clean target samples from "
-        "those with wrong answers, near ones, others; 0.5 is chance. Random heads: three draws a "
-        "seed, whose mean counts once.\n"
+        "those with wrong answers, near ones, others; 0.5 is chance. Random heads: the mean of "
+        "their draws counts once a seed.\n"
     )
     for world in dict.fromkeys(choice.world for choice in found):
         of_world = [choice for choice in found if choice.world == world]

@@ -122,15 +122,15 @@ ON_TEXT = {
     "everything": True,
 }
 
-RANKERS = ("frobenius", "ablation", "spad", *RANDOM_HEADS)
-THREE_GATES = {
+RANKERS = ("frobenius", "spad", *RANDOM_HEADS)
+TWO_GATES = {
     "name": "head-filter",
-    "options": {"shift_quantile": 0.1},
-    "label": "head-filter, three gates",
+    "options": {"shift_quantile": None},
+    "label": "head-filter, no shift gate",
 }
 SCORERS: tuple[Any, ...] = (
     "head-filter",
-    THREE_GATES,
+    TWO_GATES,
     "loss-filter",
     "head-activation",
     "head-proxy-loss",

@@ -157,7 +157,7 @@ def test_fewer_samples_than_the_proxy_asks_for(case, capsys, monkeypatch):
         ("heads", {"ranker": "spda"}, "there is no ranker 'spda'. Known: ablation"),
         ("scoring", {"scorer": "bm42"}, "there is no scorer 'bm42'. Known: bm25"),
         ("training", {"adaptation": "all"}, "there is no adaptation 'all'. Known: attention"),
-        ("heads", {"options": {"tau": 1}}, "ranker 'spad' has no setting tau"),
+        ("heads", {"options": {"tau": 1}}, "ranker 'frobenius' has no setting tau"),
         ("device", "cuda:9", "device 'cuda:9' cannot be used"),
         ("format", {"max_tokens": 2}, "`format.max_tokens` was 2"),
         ("tracking", {"experiment": 5}, "`tracking.experiment` was 5"),

@@ -133,7 +133,7 @@ def test_a_changed_setting_reaches_the_stages(world, section, change):
         "target": {"path": "target.jsonl"},
         "corpus": {"sources": [{"path": "corpus/ledgers.jsonl"}]},
     }
-    given = values | {"evaluation": {"samples": 40}}
+    given = values | {"evaluation": {"samples": 40}, "heads": {"ranker": "spad"}}
 
     def handed_on(values) -> tuple:
         settings = parse_settings(values, world / "run.yaml")

@@ -76,7 +76,7 @@ def settings() -> Iterator[Bad]:
         ("heads.ranker", "spda", "there is no ranker 'spda'"),
         ("scoring.scorer", "../../evil", "there is no scorer '../../evil'"),
         ("training.adaptation", "os.system", "there is no adaptation 'os.system'"),
-        ("heads.options", {"tau": 1}, "ranker 'spad' has no setting tau"),
+        ("heads.options", {"tau": 1}, "ranker 'frobenius' has no setting tau"),
         ("scoring.options", {"domain_quantile": "x"}, "domain_quantile"),
         ("scoring.options", {"__class__": "x"}, "__class__"),
         ("training.options", {"rank": 2}, "rank"),

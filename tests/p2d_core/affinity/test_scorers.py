@@ -222,17 +222,15 @@ def test_random_depends_on_id_and_seed_alone(model, heads):
     assert not np.allclose(one, other)
 
 
-def test_head_filter_is_a_chain_of_two_gated_steps():
-    first, second = steps_of(scorers.make("head-filter", {"domain_quantile": 0.2}))
+def test_head_filter_is_a_chain_of_three_gated_steps():
+    options = {"domain_quantile": 0.2, "shift_quantile": 0.3}
+    first, second, third = steps_of(scorers.make("head-filter", options))
     assert (first.name, first.gate) == ("domain", 0.2)
     assert (second.name, second.gate) == ("consistency", 0.1)
+    assert (third.name, third.gate) == ("shift", 0.3)
     assert second.scorer.needs_head_proxy
-
-
-def test_head_filter_has_a_third_gate_if_asked_for():
-    steps = steps_of(scorers.make("head-filter", {"shift_quantile": 0.3}))
-    assert [step.name for step in steps] == ["domain", "consistency", "shift"]
-    assert steps[2].gate == 0.3
+    without = steps_of(scorers.make("head-filter", {"shift_quantile": None}))
+    assert [step.name for step in without] == ["domain", "consistency"]
 
 
 def test_loss_filter_gates_by_the_tuned_loss_and_by_what_tuning_took_off():
