@@ -51,8 +51,8 @@ class Found:
 
     def made(self, stage: str, call: int = -1) -> ArtifactRef | None:
         """The last artifact of a call, if it is there."""
-        calls = self.calls.get(stage)
-        ref = calls[call][-1] if calls else None
+        calls = self.calls.get(stage, [])
+        ref = calls[call][-1] if -len(calls) <= call < len(calls) else None
         return None if isinstance(ref, NotMade) else ref
 
     def state(self, stage: str, refs: list[ArtifactRef]) -> str:

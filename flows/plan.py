@@ -180,9 +180,11 @@ class _Planner:
             yield "heads", lambda: self.rehearsal.picture()
 
     def _scoring(self) -> Iterator[Call]:
+        tuned = False
         for step in range(n_steps(self.inputs.scorer)):
-            if scorer_step(self.inputs.scorer, step).scorer.needs_head_proxy:
+            if not tuned and scorer_step(self.inputs.scorer, step).scorer.needs_head_proxy:
                 yield "head_proxy", self._head_proxy
+                tuned = True
             yield "measurements", partial(self._measuring, step)
             yield "scores", partial(self._scored, step)
 

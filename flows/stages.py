@@ -185,10 +185,12 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin
 
     ``heads`` may be None for a scorer that looks at none.
     """
-    scores = None
+    scores = tuned = None
     for step in range(n_steps(scorer)):
         one = scorer_step(scorer, step).scorer
-        head_proxy = tune_heads(run, data, heads) if one.needs_head_proxy else None
+        if one.needs_head_proxy and tuned is None:
+            tuned = tune_heads(run, data, heads)
+        head_proxy = tuned if one.needs_head_proxy else None
         task_heads = task_heads_of(heads if one.needs_heads else None)
         shards = shards_of(data.corpus)
         passing = scores.manifest.facts["passing"] if scores else [None] * len(shards)

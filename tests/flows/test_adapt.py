@@ -277,8 +277,6 @@ def test_only_the_task_heads_slices_differ_from_the_base(job, precision):
     if precision != "float32":
         done = job.run(precision=precision, training={"gradient_checkpointing": True})
     model = Path(done.artifacts["model"])
-    curve = json.loads((model / "loss.json").read_text())
-    assert curve[-1]["loss"] < curve[0]["loss"]
     assert done.quality.p2d < done.quality.base
     kept = load_file(model / "adapter/adapter_model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.float32}

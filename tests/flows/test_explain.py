@@ -20,6 +20,9 @@ from tests.faults.small_job import SmallJob
 SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "head-influence": 0.25, "bm25": 0.5}}
 
 
+GATES = ("domain", "consistency", "shift")
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> SmallJob:
     """With two subsets: by a sum of scorers, then, by the newest run, by the default filter."""
@@ -93,7 +96,7 @@ def test_the_best_that_were_chosen_with_every_number_as_it_stands_in_the_scores(
         assert one["reason"]["chosen"]
         assert one["reason"]["why"] == "drawn"
         values = {part["name"]: part["standing"]["value"] for part in one["parts"]}
-        assert values == {n: row[n] for n in ("affinity", "domain", "consistency")}
+        assert values == {n: row[n] for n in ("affinity", *GATES)}
         for part in one["parts"]:
             others = [s[part["name"]] for s in scores.values() if s[part["name"]] is not None]
             standing = part["standing"]
@@ -113,27 +116,27 @@ def test_each_step_says_what_it_wanted_and_the_least_margin_is_the_affinity(job,
     gates = gates_of(job.by_filter)
     for stops, row in {row["gates_passed"]: row for row in scores.values()}.items():
         (one,) = as_json(row["sample_id"])["samples"]
-        domain, consistency = one["steps"]
-        assert (domain["scorer"], consistency["scorer"]) == ("head-activation", "head-proxy-loss")
-        assert domain["threshold"] == gates["domain"]
-        assert domain["passed"] == (stops > 0)
-        assert consistency["passed"] == (None if stops == 0 else stops == 2)
-        assert (consistency["affinity"] is None) == (stops == 0)
+        by_scorer = ["head-activation", "head-proxy-loss", "loss-shift"]
+        assert [step["scorer"] for step in one["steps"]] == by_scorer
+        for number, (name, step) in enumerate(zip(GATES, one["steps"], strict=True)):
+            assert step["threshold"] == gates[name]
+            assert step["passed"] == (None if stops < number else stops > number)
+            assert (step["affinity"] is None) == (stops < number)
         margins = [step["margin"] for step in one["steps"] if step["margin"] is not None]
         assert min(margins) == pytest.approx(row["affinity"])
-        stopped_at = ["domain", "consistency", None][stops]
+        stopped_at = [*GATES, None][stops]
         assert one["reason"]["stopped_at"] == stopped_at
         if stopped_at is not None:
             assert (one["reason"]["chosen"], one["reason"]["why"]) == (False, "stopped")
-        assert 0 <= domain["target_lower"] <= 1
-    assert {row["gates_passed"] for row in scores.values()} == {0, 1, 2}
+        assert 0 <= one["steps"][0]["target_lower"] <= 1
+    assert {row["gates_passed"] for row in scores.values()} == {0, 1, 2, 3}
 
 
 def test_heads_add_up_to_the_affinity_in_the_scores(job, as_json):
     scores = scores_of(job.by_filter)
     head_map = read_head_map(Path(job.by_filter.artifacts["heads"]) / "heads.parquet")
     for one in as_json("40")["samples"]:
-        domain, consistency = one["looks"]
+        domain, consistency, *_ = one["looks"]
         in_scores = scores[one["sample"]["sample_id"]]["domain"]
         assert sum(head["adds"] for head in domain["heads"]) == pytest.approx(in_scores, abs=1e-9)
         assert abs(domain["left_over"]) < 1e-9
@@ -181,7 +184,7 @@ def test_the_screen_teaches_why(job, p2d):
     stopped = next(r for r in scores_of(job.by_filter).values() if r["gates_passed"] == 0)
     out = p2d("explain", stopped["sample_id"][:12].upper())[1]
     assert stopped["sample_id"] in out
-    assert "Not chosen\n  Stopped at domain, gate 1 of 2." in out
+    assert "Not chosen\n  Stopped at domain, gate 1 of 3." in out
     assert "not reached" in out
 
 
@@ -307,7 +310,7 @@ def test_without_its_measurement_a_sample_has_its_numbers_and_says_what_needs_th
     (one,) = as_json("1")["samples"]
     assert one["looks"] == []
     assert one["steps"][0]["margin"] is not None  # what was fitted to the corpus is kept
-    assert [note.split(":")[0] for note in one["notes"]] == ["domain", "consistency"]
+    assert [note.split(":")[0] for note in one["notes"]] == [*GATES]
     assert all("would need the model again. `p2d adapt` with" in note for note in one["notes"])
 
 
@@ -315,7 +318,9 @@ def test_scores_kept_without_what_was_fitted_are_fitted_again(job, copied, as_js
     """As earlier versions kept them; with the measurements gone too, that is said."""
     before = as_json("1")["samples"]
     last = copied.resolve(Path(job.by_filter.artifacts["scores"]).name)
-    first = copied.resolve(last.manifest.inputs["previous"])
+    first = last
+    while "previous" in first.manifest.inputs:
+        first = copied.resolve(first.manifest.inputs["previous"])
     state = load_file(first.path / "state.safetensors")
     assert {"mean", "matrix"} <= set(state)
     save_file({name: state[name] for name in ("heads", "proxy")}, first.path / "state.safetensors")
@@ -337,7 +342,7 @@ def test_scores_of_another_version_of_their_scorer_are_not_explained_by_this_one
     (one,) = as_json("1")["samples"]
     assert one["looks"] == []
     assert (
-        "the scores are of version 0 of head-filter, and here is version 1-1-1" in one["notes"][0]
+        "the scores are of version 0 of head-filter, and here is version 1-1-1-1" in one["notes"][0]
     )
     assert one["reason"]["chosen"]
 
