@@ -21,9 +21,9 @@ import yaml
 from mlflow import MlflowClient
 
 from p2d_core.store import Store
-from tasks.tracking.views import KIND
 from tasks.record import record_run
 from tasks.tracking.database import mlflow_uri
+from tasks.tracking.views import KIND
 from tests.docker.compose import read_env
 from tests.docker.stand_in import Project, put_on_path
 from tests.needs import postgres_programs
