@@ -160,7 +160,6 @@ TUNING = (
     heads("10% by frobenius"),
     heads("3% by frobenius", fraction=0.03),
     heads("25% by frobenius", fraction=0.25),
-    heads("50% by frobenius", fraction=0.5),
     heads("10% by ablation", ranker="ablation"),
     heads("10% by spad", ranker="spad"),
     heads("10% at random", ranker="random"),
