@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from p2d_core.fused_loss import summed_cross_entropy
+from p2d_core.recomputed import recomputed_activations
 from p2d_core.samples.tokens import IGNORED_LABEL, needed_mask
 from p2d_core.shaping import Shaping, shaping_of
 
@@ -55,20 +56,24 @@ def token_losses(model: Any, batch: dict[str, Tensor], run: Any = None) -> tuple
 def summed_loss(model: Any, batch: dict[str, Tensor], run: Any = None) -> tuple[Tensor, Tensor]:
     """Cross-entropy (nats) summed over the response tokens, and their number; scalars.
 
-    What `token_losses` gives, with gradients, and without keeping logits for them. Where the head
-    is no plain linear layer, or the model does something to its logits that is not known, it is
-    `token_losses` that gives it.
+    What `token_losses` gives, with gradients, and without keeping logits or what activation
+    functions give for them. Where the head is no plain linear layer, or the model does something
+    to its logits that is not known, logits are kept, too.
 
     Args:
         batch: as `collate` makes it, on the model's device.
         run: what runs the model where it is not called itself (DDP).
     """
+    if not torch.is_grad_enabled():
+        losses, wanted = token_losses(model, batch, run)
+        return losses.sum(), wanted.sum()
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and torch.is_grad_enabled() and _shapings.get(head, 1) is not None:
-        total = _fused(model, batch, run, head)
-        if total is not None:
-            return total, (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
-    losses, wanted = token_losses(model, batch, run)
+    with recomputed_activations(model):
+        if type(head) is nn.Linear and _shapings.get(head, Shaping()) is not None:
+            total = _fused(model, batch, run, head)
+            if total is not None:
+                return total, (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+        losses, wanted = token_losses(model, batch, run)
     return losses.sum(), wanted.sum()
 
 
@@ -97,17 +102,18 @@ def _fused(model: Any, batch: dict[str, Tensor], run: Any, head: nn.Linear) -> T
 
     def narrow(_head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         hidden.append(inputs[0][rows, places])
-        one = hidden[-1][:1] if len(rows) else inputs[0][0, :1]
+        one = hidden[-1][:1]
+        if not len(rows):
+            # a process that has nothing to learn from has to find what the others find
+            one = inputs[0][0, batch["attention_mask"][0].argmax()].unsqueeze(0)
         return (one.detach().unsqueeze(0),)
 
     def finish(_model: nn.Module, _inputs: Any, output: Any) -> Any:
         # before the model's pass is over: what shards it (FSDP2) has the weights here, and hangs
         # its own backward pass on what the model returns
-        shaping: Shaping | None = Shaping()
-        if len(rows):
-            if head not in _shapings:
-                _shapings[head] = shaping_of(model.config, raw[-1].detach(), output.logits.detach())
-            shaping = _shapings[head]
+        if head not in _shapings:
+            _shapings[head] = shaping_of(model.config, raw[-1].detach(), output.logits.detach())
+        shaping = _shapings[head]
         output.logits = None
         if shaping is not None:
             output.logits = summed_cross_entropy(

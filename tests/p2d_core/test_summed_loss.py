@@ -12,6 +12,7 @@ from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.attention.layout import attention_layers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.response_loss import batch_loss, summed_loss, token_losses
+from p2d_core.shaping import Shaping
 from tests.families import FAMILIES, family_model
 from tests.tiny import tiny_llama, token_batch
 
@@ -133,13 +134,13 @@ def test_a_head_that_is_no_plain_layer_gives_all_logits():
     assert logits_made(model, batch()) == [15]
 
 
-def test_it_does_not_matter_what_was_seen_first():
-    """A batch of which nothing is learnt says nothing of how logits are shaped."""
+@either_side
+def test_a_batch_of_which_nothing_is_learnt_shows_how_logits_are_shaped(side):
     model = family_model("gemma2")
     response_loss._shapings.pop(model.lm_head, None)
-    batch_loss(model, batch(learnt=lambda row, places: places[:0]))
-    assert model.lm_head not in response_loss._shapings
-    check_equal(model, batch())
+    batch_loss(model, batch(side, learnt=lambda row, places: places[:0]))
+    cap = model.config.final_logit_softcapping
+    assert response_loss._shapings[model.lm_head] == Shaping(cap=cap)
 
 
 def test_autocast_is_as_near_to_float32_as_it_was():
