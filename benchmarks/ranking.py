@@ -1,4 +1,12 @@
-"""sPAD over all heads, against scipy a head at a time."""
+"""sPAD over all heads, against scipy a head at a time.
+
+Both sides make each head's matrix, in float32, and its two softmaxes, in float64. Then, for
+`positions`, scipy gets the places 0, 1, ... twice with the two softmaxes as their weights: it sorts
+both lists of places and both together, and looks each place up in both. The places are known to be
+sorted and alike, so that sPAD sums the absolute running sum of the difference. For `values`, scipy
+gets the two softmaxes as unweighted values, sorts them alone and together and looks each up; sPAD
+sorts each, and sums the absolute difference.
+"""
 
 from __future__ import annotations
 

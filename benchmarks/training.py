@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.counted import forward_operations, layer_operations
 from benchmarks.figures import Figure, alternate, figure
 from benchmarks.generated import captured, random_model, samples
-from benchmarks.memory import peak_megabytes
+from benchmarks.memory import Made, peak_megabytes
 from benchmarks.sizes import Shape, Size
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.attention.layout import attention_layers
@@ -119,19 +119,11 @@ class _Bench:
 
     def kept_bytes(self, arm: Arm) -> Kept:
         """What lies in memory between forward and backward, and after it; weights not counted."""
-        weights = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
-        seen: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
+        weights = {p.untyped_storage().data_ptr() for p in arm.model.parameters()}
         arm.ready()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with Made(but=weights) as made:
             loss = batch_loss(arm.model, self.batch)
-        activations = sum(seen.values())
+        activations = made.still_there()
         loss.backward()
         gradients = sum(p.grad.nbytes for p in arm.parameters if p.grad is not None)
         arm.optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,7 @@ from p2d_core.adaptation.spread import spread
 from p2d_core.aer import Reference
 from p2d_core.errors import TrainingError
 from p2d_core.processes import ALONE, Processes
+from p2d_core.response_loss import batch_loss
 from p2d_core.samples.tokens import EncodedSample, collate
 
 UNTIMED_STEPS = 3
@@ -63,8 +64,8 @@ def calibrate_full(
             share = processes.share(rows) or rows[:1]
             batch = {name: tensor.to(device) for name, tensor in collate(share, pad_id).items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                loss = parts.run(**batch).loss
-            loss.backward()
+                loss = batch_loss(parts.model, batch, parts.run)
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

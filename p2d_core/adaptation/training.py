@@ -28,7 +28,7 @@ from p2d_core.adaptation.spread import Spread, share_like, spread, whole, whole_
 from p2d_core.errors import TrainingError
 from p2d_core.processes import ALONE, Processes
 from p2d_core.progress import Progress
-from p2d_core.response_loss import batch_loss, token_losses
+from p2d_core.response_loss import batch_loss, summed_loss
 from p2d_core.samples.tokens import IGNORED_LABEL, EncodedSample, collate
 from p2d_core.store.recipe import hash_file
 
@@ -89,8 +89,8 @@ class _Trainer(Trainer):
         if self.processes.size == 1:
             return batch_loss(model, inputs)
         n_tokens = inputs.pop(OF_THE_WHOLE_BATCH)
-        losses, _ = token_losses(self.model, inputs, self.runs)
-        return losses.sum() * self.processes.size / n_tokens
+        total, _ = summed_loss(self.model, inputs, self.runs)
+        return total * self.processes.size / n_tokens
 
     def create_optimizer(self, model: Any = None) -> Any:
         """One whose states are kept whole, whoever has a share of them."""

@@ -12,6 +12,8 @@ from p2d_core.errors import HeadMapError, SettingsError
 from p2d_core.heads.ranking import RankingEvidence, rankers
 
 Support = Literal["positions", "values"]
+FAR = 1e100
+"""A sum of exponentials up to it, or down to one over it, has lost nothing in float64."""
 
 
 @rankers.register("spad")
@@ -49,6 +51,8 @@ class Spad:
         proxy = evidence.tuned()
         scores = evidence.empty_scores()
         scratch: Tensor | None = None
+        before: Tensor | None = None
+        after: Tensor | None = None
         for done, layer in enumerate(evidence.layers, start=1):
             weights = module_weights(evidence.model, layer)
             base = by_role(weights, layer)
@@ -56,13 +60,11 @@ class Spad:
             per_group = layer.n_query_heads // layer.n_kv_groups
             for group in range(layer.n_kv_groups):
                 of_group = slice(group * per_group, (group + 1) * per_group)
-                before, after = (
-                    head_matrices(each["q"], each["k"], each["v"], group, layer.head_dim)
-                    for each in (base, tuned)
-                )
+                size = layer.head_dim
+                before = head_matrices(base["q"], base["k"], base["v"], group, size, before)
+                after = head_matrices(tuned["q"], tuned["k"], tuned["v"], group, size, after)
                 if scratch is None:
-                    shape = (2, per_group, before[0].numel())
-                    scratch = before.new_empty(shape, dtype=torch.float64)
+                    scratch = scratch_for(before)
                 scores[layer.index, of_group] = spad(
                     before,
                     after,
@@ -74,11 +76,14 @@ class Spad:
         return scores
 
 
-def head_matrices(q: Tensor, k: Tensor, v: Tensor, group: int, head_dim: int) -> Tensor:
+def head_matrices(
+    q: Tensor, k: Tensor, v: Tensor, group: int, head_dim: int, out: Tensor | None = None
+) -> Tensor:
     """``W_q W_k^T W_v`` of the query heads that read one KV group.
 
     Args:
         q, k, v: projection weights as linear layers keep them, ``[heads * head_dim, d_model]``.
+        out: what an earlier call returned for heads of the same shape, written over.
 
     Returns:
         ``[heads in the group, d_model, head_dim]`` in float32 or better.
@@ -90,7 +95,7 @@ def head_matrices(q: Tensor, k: Tensor, v: Tensor, group: int, head_dim: int) ->
     k_v = k[of_group].to(dtype) @ v[of_group].to(dtype).T
     first = group * per_group * head_dim
     rows = q[first : first + per_group * head_dim].to(dtype)
-    return rows.view(per_group, head_dim, -1).transpose(1, 2) @ k_v
+    return torch.matmul(rows.view(per_group, head_dim, -1).transpose(1, 2), k_v, out=out)
 
 
 def spad(
@@ -107,8 +112,8 @@ def spad(
         base: head matrices of the base model, ``[heads, rows, cols]``.
         proxy: the same heads after the proxy run, same shape.
         temperature: softmax temperature, dimensionless, > 0.
-        scratch: float64, ``[2, heads, rows * cols]``, written over. New memory for every call costs
-            more than what is computed in it.
+        scratch: as `scratch_for` makes it, written over. New memory for every call costs more than
+            what is computed in it.
 
     Returns:
         ``[heads]`` in float64, >= 0; higher means more task-sensitive.
@@ -125,20 +130,39 @@ def spad(
     if support == "values":
         # softmax keeps the order, so that it may as well be taken of sorted entries
         before, after = _sorted(before), _sorted(after)
+    if scratch is None:
+        scratch = scratch_for(base)
+    moved = []
+    for start in range(0, len(before), scratch.shape[1]):
+        some = slice(start, start + scratch.shape[1])
+        moved.append(_moved(before[some], after[some], temperature, support, scratch))
+    distance = torch.cat(moved)
+    return distance if support == "positions" else distance.div_(before.shape[1])
+
+
+def scratch_for(heads: Tensor) -> Tensor:
+    """Memory for two distributions of ``[heads, rows, cols]``: float64, ``[2, at once, entries]``.
+
+    Of one head at a time on a CPU, where they stay in its cache.
+    """
     # float64: the probabilities are near 1 / entries, and what a proxy run changes of them rounds
     # away in float32
-    if scratch is None:
-        scratch = before.new_empty((2, *before.shape), dtype=torch.float64)
-    moved, other = scratch
-    before_sum, after_sum = (
-        _exponentials(before, temperature, moved),
-        _exponentials(after, temperature, other),
-    )
-    moved.div_(before_sum).addcdiv_(other, after_sum, value=-1)
+    at_once = 1 if heads.device.type == "cpu" else len(heads)
+    return heads.new_empty((2, at_once, heads[0].numel()), dtype=torch.float64)
+
+
+def _moved(
+    before: Tensor, after: Tensor, temperature: float, support: Support, scratch: Tensor
+) -> Tensor:
+    """Sum of the absolute differences of two softmaxes, or of their running sums; ``[heads]``."""
+    moved, other = scratch[:, : len(before)]
+    before_sum = _exponentials(before, temperature, moved)
+    after_sum = _exponentials(after, temperature, other)
+    moved.sub_(other.mul_(before_sum / after_sum))
     if support == "positions":
         moved.cumsum_(1)
-    distance: Tensor = torch.linalg.vector_norm(moved, ord=1, dim=1)
-    return distance if support == "positions" else distance.div_(moved.shape[1])
+    total: Tensor = torch.abs(moved, out=other).sum(1)
+    return total.div_(before_sum.squeeze(1))
 
 
 def _sorted(entries: Tensor) -> Tensor:
@@ -152,8 +176,18 @@ def _sorted(entries: Tensor) -> Tensor:
 
 def _exponentials(entries: Tensor, temperature: float, into: Tensor) -> Tensor:
     """A softmax that is not yet divided by its sum, which is returned, ``[heads, 1]``."""
+    if into.device.type == "cpu":
+        # cheaper than to look for the largest entry: most sums are neither large nor small
+        total = _summed(entries, temperature, into, shifted=False)
+        if float(total.min()) > 1 / FAR and float(total.max()) < FAR:
+            return total
+    return _summed(entries, temperature, into, shifted=True)
+
+
+def _summed(entries: Tensor, temperature: float, into: Tensor, *, shifted: bool) -> Tensor:
     into.copy_(entries)
+    if shifted:
+        into.sub_(into.amax(1, keepdim=True))
     if temperature != 1:
         into.div_(temperature)
-    total: Tensor = into.sub_(into.amax(1, keepdim=True)).exp_().sum(1, keepdim=True)
-    return total
+    return into.exp_().sum(1, keepdim=True)

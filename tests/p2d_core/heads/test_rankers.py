@@ -202,6 +202,29 @@ def test_spad_sees_changes_that_float32_would_round_away():
     assert float(spad(base, proxy)) == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("support", ["positions", "values"])
+def test_spad_of_entries_whose_exponentials_no_number_holds(support):
+    """One head is far above 0, one far below, one near it; each is as if it were alone."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(3, 16, 8, generator=generator, dtype=torch.float64)
+    proxy = base + 0.1 * torch.randn(base.shape, generator=generator, dtype=torch.float64)
+    far = torch.tensor([2000.0, -2000.0, 0.0], dtype=torch.float64).view(3, 1, 1)
+    expected = spad(base, proxy, support=support)
+    got = spad(base + far, proxy + far, support=support)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
+    got = spad(base + far, proxy, support=support)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
+
+
+def test_matrices_can_be_written_over_those_of_another_group():
+    weights = projection_weights(model(), attention_layers(model())[1])
+    q, k, v = (weights[role].detach() for role in "qkv")
+    first = head_matrices(q, k, v, 0, 8)
+    again = head_matrices(q, k, v, 1, 8, out=first)
+    assert again is first
+    assert torch.equal(again, head_matrices(q, k, v, 1, 8))
+
+
 def test_spad_of_two_shapes_is_refused():
     with pytest.raises(HeadMapError, match=r"base's heads are \[1, 2, 3\], the proxy run's \[1, 3"):
         spad(torch.zeros(1, 2, 3), torch.zeros(1, 3, 2))
