@@ -293,14 +293,16 @@ def _experiment(client: MlflowClient, name: str, location: Path | None) -> Exper
 def _told(address: str) -> Iterator[None]:
     """What of MLflow's own errors a person should see."""
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import OperationalError, SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        # MLflow hides a locked database behind an exception of its own
+        # MLflow hides a locked database behind an exception of its own. An IntegrityError is two
+        # runs that write the same row, such as the champion's, at once: the second look finds it
         causes = (error, error.__cause__, error.__context__)
-        may_pass = any(isinstance(each, OSError | OperationalError) for each in causes)
+        passing = OSError | OperationalError | IntegrityError
+        may_pass = any(isinstance(each, passing) for each in causes)
         said = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise (TransientError if may_pass else ServiceError)(
             f"the run is done and its artifacts are kept, but MLflow at {shown_uri(address)} did "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from p2d_core.errors import P2DError, TransientError
 from p2d_core.selection.picture import draw_affinities
@@ -228,12 +228,22 @@ def test_a_server_that_is_away_is_named_and_the_run_is_kept(store, refs, monkeyp
     assert "exact match" in (store.root / "reports" / "run-8.html").read_text()
 
 
-def test_a_locked_database_is_worth_another_try(store, refs, monkeypatch):
-    def locked(*args: object) -> str:
-        raise OperationalError("INSERT", {}, Exception("database is locked"))
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (OperationalError, "database is locked"),
+        # two runs gave the champion's alias away at once
+        (IntegrityError, "UNIQUE constraint failed: registered_model_aliases.alias"),
+    ],
+)
+def test_a_database_that_another_run_writes_to_is_worth_another_try(
+    store, refs, monkeypatch, kind, says
+):
+    def refused(*args: object) -> str:
+        raise kind("INSERT", {}, Exception(says))
 
-    monkeypatch.setattr("tasks.record._write", locked)
-    with pytest.raises(TransientError, match="database is locked"):
+    monkeypatch.setattr("tasks.record._write", refused)
+    with pytest.raises(TransientError, match=says):
         record_run(summary(refs), {}, store=store.root)
 
 
