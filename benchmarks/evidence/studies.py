@@ -199,7 +199,6 @@ def half_as_many(folder: Path, seed: int) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
-HALF_DEPTH = {"name": "head-filter", "options": {"depth": 0.5}, "label": "head-filter, half depth"}
 AS_THE_PAPER = {"name": "icl-attention", "options": PRESETS["paper"]["scoring"]["options"]}
 
 STUDIES: dict[str, Study] = {
@@ -257,11 +256,9 @@ STUDIES: dict[str, Study] = {
         "The main job with everything that it is held against, on the demo's world.",
         {"plain": plain},
         {
-            "rankers": ("frobenius", "spad", "random"),
+            "rankers": ("frobenius", "random"),
             "scorers": (
-                "head-filter",
-                HALF_DEPTH, AS_THE_PAPER,
-                "head-activation", "loss-shift", "tfidf", "rds-plus", "random",
+                "head-filter", "loss-filter", AS_THE_PAPER, "tfidf", "rds-plus", "random",
             ),
             "adaptations": ("heads", "full"),
             "everything": True,
