@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from benchmarks.evidence.picture import Point, draw_precision, draw_trained
 from benchmarks.evidence.selection import Choice
 from benchmarks.evidence.studies import EVERYTHING, STUDIES, Study
 from benchmarks.evidence.tuning import Trained
+from flows.settings import RunSettings
 from p2d_core.comparison import arms, picture
 from p2d_core.comparison.arms import NONE
 from p2d_core.comparison.statistics import Interval, mean_interval
@@ -26,6 +28,7 @@ draws and training of its own (the base stays the same); ± is half of a 95% int
 "better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
 not.
 """
+DEFAULT = RunSettings(base="-", target={"path": "-"})  # type: ignore[arg-type]
 DRAW = "random"
 RANDOM_HEADS = "random heads"
 
@@ -57,6 +60,7 @@ def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
         "those with wrong answers, near ones, others; 0.5 is chance. Random heads: the mean of "
         "their draws counts once a seed.\n"
     )
+    yield from _in_short(found)
     for world in dict.fromkeys(choice.world for choice in found):
         of_world = [choice for choice in found if choice.world == world]
         yield f"### {world}\n"
@@ -79,6 +83,37 @@ def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
             yield f"| {scorer} | {ranker} | {' | '.join(cells)} |"
         yield ""
         yield from _answers(rows)
+
+
+def _in_short(found: Sequence[Choice]) -> Iterator[str]:
+    """The best scorer of each world, and how often heads made a difference that is shown."""
+    yield "| world | best | precision | default scorer | TF-IDF | random |"
+    yield "|---|---|---|---|---|---|"
+    tally: dict[str, Counter[int]] = {}
+    for world in dict.fromkeys(choice.world for choice in found):
+        rows = _by_arm([choice for choice in found if choice.world == world])
+        best = max(rows, key=lambda arm: _mean_precision(rows[arm]))
+        default = rows.get((DEFAULT.scoring.scorer, DEFAULT.heads.ranker), [])
+        plain = [rows.get((name, NONE), []) for name in ("tfidf", "random")]
+        cells = [
+            ", ".join(name for name in best if name != NONE),
+            *(_shown(_over_seeds(each, "precision")) for each in (rows[best], default, *plain)),
+        ]
+        yield f"| {world} | {' | '.join(cells)} |"
+        for (scorer, ranker), of_arm in rows.items():
+            by_chance = rows.get((scorer, RANDOM_HEADS))
+            if ranker not in (NONE, RANDOM_HEADS) and by_chance is not None:
+                gain = _gain(of_arm, by_chance)
+                if gain is not None and gain.n > 1:
+                    tally.setdefault(ranker, Counter())[gain.shows] += 1
+    yield ""
+    for ranker, counts in tally.items():
+        yield (
+            f"- {ranker} heads against random heads, over worlds and scorers: better in "
+            f"{counts[1]} of {counts.total()}, worse in {counts[-1]}, no difference shown in "
+            f"{counts[0]}."
+        )
+    yield ""
 
 
 def _answers(rows: Mapping[tuple[str, str], list[Choice]]) -> Iterator[str]:

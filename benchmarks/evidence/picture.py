@@ -11,7 +11,6 @@ from p2d_core.comparison.arms import NONE
 from p2d_core.comparison.statistics import Interval
 
 MARKERS = {"frobenius": "o", "ablation": "s", "spad": "^", "random heads": "x", NONE: "D"}
-COLUMNS = 3
 
 
 def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], path: Path) -> None:
@@ -26,7 +25,7 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
         best[scorer] = max(best.get(scorer, 0.0), interval.mean)
     scorers = sorted(best, key=lambda scorer: best[scorer])
     rankers = sorted({ranker for rows in worlds.values() for _, ranker in rows})
-    columns = min(COLUMNS, len(worlds))
+    columns = math.ceil(math.sqrt(len(worlds)))
     n_rows = math.ceil(len(worlds) / columns)
     figure = Figure(
         figsize=(3.6 * columns + 1, (0.36 * len(scorers) + 0.7) * n_rows + 0.5), dpi=130,
