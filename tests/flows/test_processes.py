@@ -121,12 +121,14 @@ def test_artifacts_are_those_of_one_process(launched):
 def test_each_sample_is_measured_once_by_one_of_them(launched):
     scores = next(Store(launched.store).refs("scores"))
     counted = launched.counted()
-    (second,) = counted.keys() - {"HeadActivation"}
+    later = counted.keys() - {"HeadActivation"}
     corpus = pq.read_table(scores.path / "scores.parquet")["sample_id"].to_pylist()
     assert len(corpus) == 1200
     assert counted["HeadActivation"] == Counter(corpus)
-    assert set(counted[second].values()) == {1}
-    assert counted[second].keys() < set(corpus)
+    assert later == {"HeadProxyLoss", "LossShift"}
+    for scorer in later:
+        assert set(counted[scorer].values()) == {1}
+        assert counted[scorer].keys() < set(corpus)
     assert [(launched.folder / f"counted-{rank}").exists() for rank in (0, 1)] == [True, True]
 
 
@@ -160,6 +162,7 @@ def assert_same_table(one: pa.Table, two: pa.Table) -> None:
             a, b = a.flatten(), b.flatten()
         if pa.types.is_floating(a.type):
             a, b = (x.to_numpy(zero_copy_only=False).astype(float) for x in (a, b))
-            np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=name)
+            # margins are in spreads of a gate, and the narrower that is the more rounding shows
+            np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5, err_msg=name)
         else:
             assert a == b, name
