@@ -116,7 +116,8 @@ class IclAttention:
         """
         if self.bias == "measured":
             state = self.fit(state, measured)
-        for table in only(measured, ATTENTION, CIRCUMSTANCES, GAIN):
+        gain = (GAIN,) if self.weigh_by_gain else ()
+        for table in only(measured, ATTENTION, CIRCUMSTANCES, *gain):
             of_draws = self._by_head(state, table).mean(axis=1)
             if self.weigh_by_gain:
                 factor = np.exp(of_draws) if self.bias == "measured" else of_draws

@@ -191,6 +191,7 @@ SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "bm25": 0.5}}
     ("scorer", "options"),
     [
         ("rds-plus", {}),
+        ("icl-attention", {"bias": "per-token"}),
         ("head-gradient", {"dimensions": 256}),
         ("less", {"epochs": 1, "dimensions": 256}),
         ("bm25", {}),
