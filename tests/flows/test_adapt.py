@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.adapt import run_adapt
+from flows.presets import PRESETS
 from flows.settings import load_settings, parse_settings
 from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import Store
@@ -191,7 +192,6 @@ SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "bm25": 0.5}}
     ("scorer", "options"),
     [
         ("rds-plus", {}),
-        ("icl-attention", {"bias": "per-token"}),
         ("head-gradient", {"dimensions": 256}),
         ("less", {"epochs": 1, "dimensions": 256}),
         ("bm25", {}),
@@ -205,6 +205,14 @@ def test_the_whole_job_runs_with_another_scorer(job, scorer, options):
     assert summary.selection.by_source["ledgers"] > 1.5 * 120 / 4  # a quarter of the corpus
     scores = pq.read_table(Path(summary.artifacts["scores"]) / "scores.parquet")
     assert np.isfinite(scores["affinity"]).all()
+    assert np.ptp(scores["affinity"]) > 0
+
+
+def test_the_scorer_of_the_papers_runs_the_whole_job(job):
+    """It is blind here: the base does not learn in context."""
+    summary = job.run(scoring=PRESETS["paper"]["scoring"])
+    assert (summary.selection.scorer, summary.selection.selected) == ("icl-attention", 120)
+    scores = pq.read_table(Path(summary.artifacts["scores"]) / "scores.parquet")
     assert np.ptp(scores["affinity"]) > 0
 
 
