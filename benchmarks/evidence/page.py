@@ -26,7 +26,7 @@ figure on it is typed. `python -m benchmarks.evidence --study NAME` runs a study
 tables, `--study` without a name writes the page alone. Means are over seeds, each with a world,
 draws and training of its own (the base stays the same); ± is half of a 95% interval (Student's t).
 "better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
-not.
+not. Seconds and AER include whatever else the machine did at the time.
 """
 DEFAULT = RunSettings(base="-", target={"path": "-"})  # type: ignore[arg-type]
 DRAW = "random"
@@ -211,7 +211,8 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
 
 def _title(name: str, study: Study, seeds: set[int]) -> Iterator[str]:
     yield f"## {name}\n"
-    yield f"{study.about} {len(seeds)} seeds.\n"
+    many = f"{len(seeds)} seeds" if len(seeds) > 1 else "One seed: a direction, and no more"
+    yield f"{study.about} {many}.\n"
     yield f"```sh\npython -m benchmarks.evidence --study {name} --seeds {len(seeds)}\n```\n"
 
 
