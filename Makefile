@@ -21,7 +21,7 @@ imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED)
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
