@@ -23,7 +23,8 @@ from flows.inputs import Inputs, check_inputs, make_runtime
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
-from flows.settings import Choice, RunSettings, anchored
+from flows.settings import RunSettings, anchored
+from flows.settings_compare import Choice
 from flows.stages import (
     FULL,
     NO_HEADS,

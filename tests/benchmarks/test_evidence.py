@@ -10,7 +10,8 @@ from benchmarks.evidence.draws import DRAWS, Passed
 from benchmarks.evidence.selection import Choice
 from benchmarks.evidence.studies import STUDIES, Study, Variant, hard, plain
 from benchmarks.evidence.tuning import Trained
-from flows.settings import CompareSettings, RunSettings
+from flows.settings import RunSettings
+from flows.settings_compare import CompareSettings
 
 
 def choice(scorer: str, ranker: str, clean: int, seed: int = 0, world: str = "renamed") -> Choice:

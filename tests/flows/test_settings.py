@@ -7,7 +7,8 @@ from pydantic import BaseModel, ValidationError
 
 from flows.inputs import check_inputs, make_runtime
 from flows.presets import PRESETS
-from flows.settings import CompareSettings, RunSettings, load_settings, parse_settings
+from flows.settings import RunSettings, load_settings, parse_settings
+from flows.settings_compare import CompareSettings
 from p2d_core.errors import SettingsError
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 
