@@ -67,8 +67,8 @@ def set_environment(store: Path, *, verbose: bool = False) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     if "PREFECT_API_URL" not in os.environ:
-        # a server of our own does not come back: not worth minutes of asking it again; on a busy
-        # machine its database has been seen to be locked for ten seconds, and so 30 it is
+        # a server of our own does not come back: not worth minutes of asking it again. Twice was
+        # too little: on a busy machine its database is locked for longer than that
         defaults["PREFECT_CLIENT_MAX_RETRIES"] = 4
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))

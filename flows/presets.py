@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 Preset = Literal["default", "paper", "cheap"]
 
 PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
-    # what won, see docs/evidence.md: the defaults of the settings themselves
+    # the defaults of the settings themselves, see docs/evidence.md
     "default": {},
     # arXiv 2605.21558 and what it builds on: sPAD, attention in context, the best tenth as it is
     "paper": {
@@ -16,8 +16,7 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
         "scoring": {"scorer": "icl-attention", "options": {"bias": "per-token"}},
         "selection": {"match_lengths": False},
     },
-    # without what made no difference there: random heads choose as well as ranked ones, and need
-    # no proxy run
+    # without what was not shown to make a difference there: random heads need no proxy run
     "cheap": {
         "heads": {"ranker": "random"},
         "arms": {"random": False},

@@ -28,7 +28,7 @@ draws and training of its own (the base stays the same); ± is half of a 95% int
 "better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
 not. Seconds and AER include whatever else the machine did at the time.
 """
-DEFAULT = RunSettings(base="-", target={"path": "-"})  # type: ignore[arg-type]
+DEFAULT = RunSettings.model_validate({"base": "-", "target": {"path": "-"}})
 DRAW = "random"
 RANDOM_HEADS = "random heads"
 
@@ -73,9 +73,9 @@ def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
         for scorer, ranker in sorted(rows, key=lambda arm: -_mean_precision(rows[arm])):
             of_arm = rows[scorer, ranker]
             cells = [
-                _shown(_over_seeds(of_arm, "precision")),
+                str(_over_seeds(of_arm, "precision") or ""),
                 *(
-                    _shown(_over_seeds(of_arm, f"auc_{label}"))
+                    str(_over_seeds(of_arm, f"auc_{label}") or "")
                     for label in ("wrong", "near", "other")
                 ),
                 f"{sum(c.seconds for c in of_arm) / len(of_arm):.1f}",
@@ -97,7 +97,7 @@ def _in_short(found: Sequence[Choice]) -> Iterator[str]:
         plain = [rows.get((name, NONE), []) for name in ("tfidf", "random")]
         cells = [
             ", ".join(name for name in best if name != NONE),
-            *(_shown(_over_seeds(each, "precision")) for each in (rows[best], default, *plain)),
+            *(str(_over_seeds(each, "precision") or "") for each in (rows[best], default, *plain)),
         ]
         yield f"| {world} | {' | '.join(cells)} |"
         for (scorer, ranker), of_arm in rows.items():
@@ -142,8 +142,8 @@ def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
     for line in lines:
         moved = [run.parameters for run in runs if run.arm == line.arm and run.parameters]
         cells = [
-            _shown(line.quality),
-            _shown(line.retention),
+            str(line.quality or ""),
+            str(line.retention or ""),
             f"{line.over_random.mean:+.3f} ({_bounds(line.over_random)})"
             if line.over_random
             else "",
@@ -197,9 +197,9 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
         gain = mean_interval([of[seed].quality - against[seed].quality for seed in sorted(of)])
         rates = sorted({each.learning_rate for each in of.values()})
         cells = [
-            _shown(points[variant].quality),
+            str(points[variant].quality),
             "" if variant == what else f"{gain.mean:+.3f} ({_bounds(gain)})",
-            _shown(points[variant].retention),
+            str(points[variant].retention),
             f"{points[variant].aer:.2f}",
             f"{next(iter(of.values())).parameters:,}",
             ", ".join(f"{rate:g}" for rate in rates),
@@ -271,11 +271,3 @@ def _word(gain: Interval) -> str:
 
 def _bounds(interval: Interval) -> str:
     return f"{interval.low:+.3f} to {interval.high:+.3f}" if interval.n > 1 else "one seed"
-
-
-def _shown(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    if interval.n == 1:
-        return f"{interval.mean:.3f}"
-    return f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"

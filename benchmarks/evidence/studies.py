@@ -258,7 +258,8 @@ STUDIES: dict[str, Study] = {
         {
             "rankers": ("frobenius", "random"),
             "scorers": (
-                "head-filter", "loss-filter", AS_THE_PAPER, "tfidf", "rds-plus", "random",
+                "head-filter", TWO_GATES, "loss-filter", AS_THE_PAPER, "tfidf", "rds-plus",
+                "random",
             ),
             "adaptations": ("heads", "full"),
             "everything": True,

@@ -134,9 +134,9 @@ def variants(study: Study, world: World, validation: Path) -> list[Trained]:
     evaluation = {"source": {"path": str(validation)}, "retention": None}
     watched = read_data(world.run_of({"evaluation": evaluation}))
     found = [one_variant(each, world, data, watched) for each in study.variants]
-    reference = cost_of_full(shared, data, None).seconds
-    (full,) = [each.training_seconds for each in found if each.variant == EVERYTHING] or [reference]
-    return [replace(each, full_seconds=full) for each in found]
+    full = [each.training_seconds for each in found if each.variant == EVERYTHING]
+    seconds = full[0] if full else cost_of_full(shared, data, None).seconds
+    return [replace(each, full_seconds=seconds) for each in found]
 
 
 def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Trained:

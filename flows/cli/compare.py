@@ -89,8 +89,8 @@ def show(made: ArtifactRef, console: Console) -> None:
             notes.append(f"{line.failed} of {line.runs} failed")
         table.add_row(
             Text(line.arm.label),
-            _mean(line.quality),
-            *([_mean(line.retention)] if has_retention else []),
+            str(line.quality or ""),
+            *([str(line.retention or "")] if has_retention else []),
             _gain(line.over_random),
             f"{line.aer:.2f}" if line.aer is not None else "",
             *(f"{line.metrics[name]:.3f}" if name in line.metrics else "" for name in more),
@@ -120,14 +120,6 @@ def show(made: ArtifactRef, console: Console) -> None:
         console.print("  No two arms answer a question: add a baseline such as `random`.")
     console.print(f"\n  picture: {os.path.relpath(made.path / PICTURE)}", soft_wrap=True)
     console.print('  p2d sql "SELECT label, seed, quality, aer FROM comparison"', soft_wrap=True)
-
-
-def _mean(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    if interval.n == 1:
-        return f"{interval.mean:.3f}"
-    return f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"
 
 
 def _gain(interval: Interval | None) -> str:

@@ -21,6 +21,11 @@ class Interval:
     high: float
     n: int
 
+    def __str__(self) -> str:
+        """Such as ``0.953 ± 0.010``; the mean alone of one value."""
+        alone = f"{self.mean:.3f}"
+        return alone if self.n == 1 else f"{alone} ± {self.high - self.mean:.3f}"
+
     @property
     def shows(self) -> int:
         """1 if all of it is above 0, -1 if all is below, else 0."""
