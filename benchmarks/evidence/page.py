@@ -31,6 +31,8 @@ not. Seconds and AER include whatever else the machine did at the time.
 DEFAULT = RunSettings.model_validate({"base": "-", "target": {"path": "-"}})
 DRAW = "random"
 RANDOM_HEADS = "random heads"
+ABOUT_AS_GOOD = 0.02
+"""Two points of exact match."""
 
 
 def write(kept: Path) -> Path:
@@ -154,6 +156,8 @@ def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
         front = " (front)" if line.on_front else ""
         yield f"| {line.arm.label}{front}{failed} | {' | '.join(cells)} |"
     yield "\nfront: no arm is as good for less, or better for as much.\n"
+    if higher_is_better:
+        yield from _cheapest({line.arm.label: (line.quality, line.aer) for line in lines})
     asked = ""
     for answer in answers(runs, higher_is_better):
         if answer.question != asked:
@@ -207,6 +211,26 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
         ]
         yield f"| {variant} | {' | '.join(cells)} |"
     yield ""
+    yield from _cheapest({name: (point.quality, point.aer) for name, point in points.items()})
+
+
+def _cheapest(arms: Mapping[str, tuple[Interval | None, float | None]]) -> Iterator[str]:
+    """What costs least of what is about as good as the best; the base costs nothing and is none."""
+    known = {
+        name: (quality.mean, aer)
+        for name, (quality, aer) in arms.items()
+        if quality is not None and aer is not None
+    }
+    if not known:
+        return
+    best = max(quality for quality, _ in known.values())
+    near = {name: pair for name, pair in known.items() if pair[0] >= best - ABOUT_AS_GOOD}
+    name = min(near, key=lambda each: near[each][1])
+    quality, aer = near[name]
+    yield (
+        f"Cheapest within {ABOUT_AS_GOOD:g} of the best mean ({best:.3f}): {name}, {quality:.3f} "
+        f"at AER {aer:.2f}.\n"
+    )
 
 
 def _title(name: str, study: Study, seeds: set[int]) -> Iterator[str]:
