@@ -123,14 +123,14 @@ ON_TEXT = {
 }
 
 RANKERS = ("frobenius", "spad", *RANDOM_HEADS)
-TWO_GATES = {
+SHIFT_GATE = {
     "name": "head-filter",
-    "options": {"shift_quantile": None},
-    "label": "head-filter, no shift gate",
+    "options": {"shift_quantile": 0.1},
+    "label": "head-filter, shift gate",
 }
 SCORERS: tuple[Any, ...] = (
     "head-filter",
-    TWO_GATES,
+    SHIFT_GATE,
     "loss-filter",
     "head-activation",
     "head-proxy-loss",
@@ -258,7 +258,7 @@ STUDIES: dict[str, Study] = {
         {
             "rankers": ("frobenius", "random"),
             "scorers": (
-                "head-filter", TWO_GATES, "loss-filter", AS_THE_PAPER, "tfidf", "rds-plus",
+                "head-filter", SHIFT_GATE, "loss-filter", AS_THE_PAPER, "tfidf", "rds-plus",
                 "random",
             ),
             "adaptations": ("heads", "full"),

@@ -1,4 +1,4 @@
-"""The default filter: of the domain, consistent, and not what the base knew already."""
+"""The default filter: of the domain by head activation, consistent by head-tuned loss."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,8 +18,8 @@ class HeadFilter:
     Domain: the head-activation affinity is as high as the proxy samples have it to each other
     (each left out of its own neighbours). Consistency: the response's loss under the base with
     the task heads tuned on the proxy set is as low as on held-out target samples; only what is
-    of the domain is measured for it. Shift: tuning took as much off the loss as off theirs, which
-    what the base knew already does not show; only what passed both is measured for it.
+    of the domain is measured for it. Shift, if asked for: tuning took as much off the loss as off
+    theirs, which what the base knew already does not show; two more passes of what passed both.
 
     Source: ours.
     """
@@ -28,9 +28,9 @@ class HeadFilter:
     """Quantile, in [0, 1], of the proxy samples' own affinities that a sample has to reach."""
     consistency_quantile: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Quantile, in [0, 1], of minus the held-out samples' losses that a sample has to reach."""
-    shift_quantile: Annotated[float, Field(ge=0, le=1)] | None = 0.1
+    shift_quantile: Annotated[float, Field(ge=0, le=1)] | None = None
     """Quantile, in [0, 1], of the held-out samples' shifts that a sample has to reach; no such gate
-    if null."""
+    if null; docs/evidence.md holds both against each other."""
     neighbours: Annotated[int, Field(ge=1)] = 5
     """As in head-activation."""
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -48,7 +48,7 @@ class HeadFilter:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Domain, consistency and, unless there is to be none, shift."""
+        """Domain, then consistency, then shift if asked for."""
         activation = HeadActivation(self.neighbours, self.shrinkage, self.depth)
         steps = (
             Step("domain", activation, self.domain_quantile),

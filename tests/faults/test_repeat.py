@@ -53,7 +53,7 @@ def test_another_number_of_threads_moves_only_ties_at_the_boundary(
     (subset,) = Store(empty).refs("subset")
     scores = Store(empty).resolve(subset.manifest.inputs["scores"])
     boundaries = {name: gate["threshold"] for name, gate in scores.manifest.facts["gates"].items()}
-    assert set(boundaries) == {"domain", "consistency", "shift"}
+    assert set(boundaries) == {"domain", "consistency"}
     boundaries["affinity"] = subset.manifest.facts["cut_off"]
     rows: dict[str, dict] = {}
     chosen = []
