@@ -158,7 +158,7 @@ def _moved(
     moved, other = scratch[:, : len(before)]
     before_sum = _exponentials(before, temperature, moved)
     after_sum = _exponentials(after, temperature, other)
-    moved.sub_(other.mul_(before_sum / after_sum))
+    moved.addcmul_(other, before_sum / after_sum, value=-1)
     if support == "positions":
         moved.cumsum_(1)
     total: Tensor = torch.abs(moved, out=other).sum(1)
