@@ -87,14 +87,14 @@ def check_inputs(
     pick_device(settings.device)
     if settings.training.gradient_checkpointing:
         check_gradient_checkpointing(Path(settings.base))
-    ranker = rankers.make(settings.heads.ranker, settings.heads.options)
-    scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings))
+    # seeds of a comparison are draws of all that is drawn
+    seed = settings.seed
+    ranker = rankers.make(settings.heads.ranker, settings.heads.options, seed=seed)
+    scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings), seed=seed)
     options = dict(settings.training.options)
     if settings.training.adaptation == "heads":
         options.setdefault("include_kv", settings.heads.include_kv)
-    if settings.training.adaptation == "lora":
-        options.setdefault("seed", settings.seed)
-    adaptation = adaptations.make(settings.training.adaptation, options)
+    adaptation = adaptations.make(settings.training.adaptation, options, seed=seed)
     where = _condition(settings.selection.where, scorer)
     evaluating = _evaluating(settings)
     text = like.base.text if like else _check_data(settings, evaluating, folder)

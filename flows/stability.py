@@ -79,8 +79,8 @@ def run_stability(
 
 
 def _plugin(settings: RunSettings, name: str) -> Plugin:
-    own = name == settings.heads.ranker
-    return Plugin.of(name, rankers.make(name, settings.heads.options if own else {}))
+    options = settings.heads.options if name == settings.heads.ranker else {}
+    return Plugin.of(name, rankers.make(name, options, seed=settings.seed))
 
 
 @flow(name="heads-stability", persist_result=False, validate_parameters=False)

@@ -46,8 +46,11 @@ class Registry(Generic[T]):
         """The name that a plug-in is registered under."""
         return next(name for name, known in self._entries.items() if known is entry)
 
-    def make(self, name: str, options: Mapping[str, Any]) -> Any:
+    def make(self, name: str, options: Mapping[str, Any], *, seed: int | None = None) -> Any:
         """The plug-in of that name, a dataclass, with its settings checked.
+
+        Args:
+            seed: of a plug-in that draws by chance and whose options give it none.
 
         Raises:
             UnknownNameError: there is none of that name.
@@ -55,6 +58,8 @@ class Registry(Generic[T]):
         """
         plugin: Any = self.get(name)
         known = [f.name for f in fields(plugin) if f.init] if is_dataclass(plugin) else []
+        if seed is not None and "seed" in known:
+            options = {"seed": seed, **options}
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise SettingsError(

@@ -40,6 +40,8 @@ class Sum:
     """The weight of each scorer by its name, such as {head-activation: 1.0, loss-shift: 0.5}."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The settings of each scorer by its name; its defaults if empty."""
+    seed: int = 0
+    """Of parts that draw by chance and whose settings give them none."""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -60,7 +62,10 @@ class Sum:
 
     @cached_property
     def _made(self) -> dict[str, Any]:
-        return {name: scorers.make(name, self.options.get(name, {})) for name in self.parts}
+        return {
+            name: scorers.make(name, self.options.get(name, {}), seed=self.seed)
+            for name in self.parts
+        }
 
     @property
     def version(self) -> str:

@@ -2,16 +2,20 @@
 
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 from flows.cli.compare import show
 from flows.compare import grid_of, run_compare
-from flows.settings import load_settings, parse_settings
+from flows.inputs import check_inputs
+from flows.settings import RunSettings, load_settings, parse_settings
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, read
 from p2d_core.comparison.picture import PICTURE
 from p2d_core.errors import InputError, SettingsError
+from p2d_core.heads.head_map import HEADS, read_head_map
+from p2d_core.selection.subset import SUBSET
 from p2d_core.store import Store
 from p2d_core.store.query import open_reader
 from tasks.tracking.database import mlflow_uri
@@ -57,12 +61,51 @@ def test_a_ranker_may_have_a_share_of_the_heads_of_its_own(compared):
     assert shares == {"frobenius": settings.heads.fraction, "wide": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("scorer", "random", {}),
+        ("ranker", "random", {}),
+        ("scorer", "icl-attention", {}),
+        ("scorer", "sum", {"parts": {"random": 1.0}}),
+        ("adaptation", "lora", {}),
+    ],
+)
+def test_another_seed_draws_everything_anew(compared, kind, name, options):
+    """Else the error bars of a control would be of one draw, counted once a seed."""
+    _, file, _ = compared
+    settings = load_settings(file)
+    section = {"scorer": "scoring", "ranker": "heads", "adaptation": "training"}[kind]
+
+    def plugin(of_run: int, **own):
+        values = settings.model_dump(mode="json")
+        values[section] |= {kind: name, "options": options | own}
+        inputs = check_inputs(RunSettings.model_validate(values | {"seed": of_run}))
+        return dict(getattr(inputs, kind).options)
+
+    assert (plugin(0)["seed"], plugin(1)["seed"]) == (0, 1)
+    assert plugin(1, seed=7)["seed"] == 7
+
+
 def test_stages_that_arms_share_are_computed_once(compared):
     job, _, _ = compared
     store = Store(job.store)
     made = {stage: len(list(store.refs(stage))) for stage in ("proxy", "heads", "scores")}
     # one proxy run and one frobenius map a seed; random heads need no proxy run
     assert made == {"proxy": 2, "heads": 4, "scores": 2 * (2 + 1)}
+
+
+def test_the_controls_of_two_seeds_are_two_draws(compared):
+    job, _, made = compared
+    store = Store(job.store)
+    drawn: dict[str, set[tuple]] = {"heads": set(), "subset": set()}
+    for run in read(made.path)[0]:
+        if (run.arm.scorer, run.arm.ranker, run.arm.adaptation) == ("random", "random", "heads"):
+            heads = read_head_map(store.path("heads", run.artifacts["heads"]) / HEADS)
+            drawn["heads"].add(heads.task_heads)
+            subset = store.path("subset", run.artifacts["subset"]) / SUBSET
+            drawn["subset"].add(tuple(pq.read_table(subset)["sample_id"].to_pylist()))
+    assert {name: len(draws) for name, draws in drawn.items()} == {"heads": 2, "subset": 2}
 
 
 def test_the_arms_are_siblings_in_mlflow_and_the_verdict_is_a_note(compared):

@@ -97,3 +97,17 @@ def test_a_sum_that_cannot_be_is_refused(options, message):
         scorers.make("sum", options)
     with pytest.raises(UnknownNameError, match="there is no scorer 'lose'"):
         scorers.make("sum", {"parts": {"lose": 1}})
+
+
+def test_parts_that_draw_take_the_seed_of_the_sum_unless_they_have_their_own(model, heads):
+    corpus = samples(30)
+
+    def drawn(**options):
+        return affinities("sum", model, heads, [corpus], parts={"random": 1.0}, **options)
+
+    np.testing.assert_allclose(
+        drawn(seed=3), standardised(affinities("random", model, heads, [corpus], seed=3)), atol=1e-4
+    )
+    assert not np.allclose(drawn(seed=3), drawn(seed=4))
+    own = {"random": {"seed": 5}}
+    np.testing.assert_array_equal(drawn(seed=3, options=own), drawn(seed=4, options=own))
