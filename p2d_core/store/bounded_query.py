@@ -6,6 +6,7 @@ memory limit nor an interruption.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def bounded_query(
     """
     spill = store.root / ".scratch" / f"sql-{uuid.uuid4().hex[:8]}"
     command = [sys.executable, "-P", "-m", __name__, str(store.root), str(spill)]
-    command.append(str(bounds.memory_bytes))
+    command += [str(bounds.memory_bytes), str(os.getpid())]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
@@ -162,8 +163,9 @@ def _told(said: IO[bytes]) -> str:
     return said.read().decode(errors="replace")
 
 
-def _serve(root: str, spill: str, memory_bytes: str) -> None:
+def _serve(root: str, spill: str, memory_bytes: str, asked_by: str) -> None:
     """In the process: the query from stdin, its rows as an Arrow stream to stdout."""
+    threading.Thread(target=_end_with, args=(int(asked_by), spill), daemon=True).start()
     sql = sys.stdin.buffer.read().decode()
     memory = int(int(memory_bytes) * SHARE_OF_DUCKDB)
     try:
@@ -176,6 +178,14 @@ def _serve(root: str, spill: str, memory_bytes: str) -> None:
     except InputError as error:
         sys.stderr.buffer.write(str(error).encode(errors="replace"))
         sys.exit(REFUSED)
+
+
+def _end_with(asked_by: int, spill: str) -> None:
+    """Who asked may be killed, and would then stop this process at no bound."""
+    while os.getppid() == asked_by:
+        time.sleep(LOOK_SECONDS)
+    shutil.rmtree(spill, ignore_errors=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ def faults(folder: Path, key: str) -> list[str]:
         recipe = Recipe(manifest.stage, manifest.version, manifest.settings, manifest.inputs)
         if not manifest.key == recipe.key == key:
             return [f"{MANIFEST} tells of another artifact than {key[:12]}"]
-        found = []
+        there = {str(f.relative_to(folder)) for f in folder.rglob("*") if not f.is_dir()}
+        strange = sorted(there - {MANIFEST, *manifest.files})
+        found = [f"{name} is none of its files" for name in strange]
         for name, entry in manifest.files.items():
             file = folder / name
             if not file.resolve().is_relative_to(folder.resolve()):

@@ -17,6 +17,7 @@ import pyarrow as pa
 from p2d_core.errors import ArtifactError, InputError
 from p2d_core.samples.rejected import REJECTED
 from p2d_core.sql_tree import NoSelect, nodes, tree_of
+from p2d_core.store.recipe import hash_file
 from p2d_core.store.runs import read_summary, run_files
 from p2d_core.store.store import Store
 
@@ -76,8 +77,12 @@ class Reader:
     """A connection on which nothing can be written and nothing else be read."""
 
     connection: duckdb.DuckDBPyConnection
+    depth: int
+    """Parts of the path of a stage's folder."""
     columns: dict[str, list[str]] = field(default_factory=dict)
     """Of each view that has something in it."""
+    unread: dict[str, dict[Path, str]] = field(default_factory=dict)
+    """Of each view that was not asked for yet, the files and the SHA-256 that they should have."""
 
     def run(self, sql: str) -> pa.RecordBatchReader:
         """The rows of one SELECT, streamed.
@@ -100,15 +105,16 @@ class Reader:
                 f"only a SELECT statement is allowed, this is {name}: `p2d sql` reads the store "
                 "and changes nothing. Use --csv or --json to keep the result."
             )
-        self._check(sql)
+        for view in self._check(sql) & self.unread.keys():
+            self._leave_out_damaged(view)
         try:
             rows = self.connection.sql(statements[0]).to_arrow_reader(10_000)
         except duckdb.Error as error:
             raise InputError(self._explain(self._with_its_line(statements[0], error))) from error
         return pa.RecordBatchReader.from_batches(rows.schema, self._streamed(rows))
 
-    def _check(self, sql: str) -> None:
-        """That it names nothing but the views, and what it makes of them itself.
+    def _check(self, sql: str) -> set[str]:
+        """That it names nothing but the views, which are returned, and what it makes of them.
 
         Raises:
             InputError: it names something else.
@@ -119,6 +125,7 @@ class Reader:
             raise InputError(f"this cannot be asked here: {error}") from error
         made = {e["key"].lower() for n in tree if "cte_map" in n for e in n["cte_map"]["map"]}
         known = {name.lower() for name in self.columns} | made
+        asked = set()
         for node in tree:
             if "class" in node:
                 name = str(node.get("function_name", "")).lower()
@@ -128,6 +135,7 @@ class Reader:
                 path = node["qualified_name"]["path"]
                 if len(path) != 1 or path[0].lower() not in known:
                     raise self._refused(f"the table {'.'.join(path)}")
+                asked.add(path[0].lower())
             elif node.get("type") == "TABLE_FUNCTION":
                 name = str(node["function"].get("function_name")).lower()
                 if name not in TABLE_FUNCTIONS:
@@ -138,6 +146,25 @@ class Reader:
                 and node["table_name"].strip('"').lower() not in known | SHOWN
             ):
                 raise self._refused(f"SHOW {node['table_name'] or node['schema_name']}")
+        return asked
+
+    def _leave_out_damaged(self, view: str) -> None:
+        """Tables are read whole once, as a bit that changed need not make one unreadable.
+
+        Raises:
+            InputError: none is left.
+        """
+        files = self.unread.pop(view)
+        whole = [file for file, sha256 in files.items() if hash_file(file) == sha256]
+        for file in files.keys() - set(whole):
+            log.warning("%s is left out (damaged)", file)
+        if not whole:
+            raise InputError(
+                f"every table of {view} is damaged: `p2d artifacts verify` says which, and a run "
+                "makes them again."
+            )
+        if len(whole) < len(files):
+            _unite(self.connection, view, whole, self.depth)
 
     def _refused(self, what: str) -> InputError:
         return InputError(
@@ -184,12 +211,13 @@ def open_reader(
     spill = spill or store.root / ".scratch" / f"sql-{uuid.uuid4().hex[:8]}"
     with duckdb.connect(":memory:") as connection:
         files = {view: _tables(store, *where) for view, where in VIEWS.items()}
-        reader = Reader(connection)
+        reader = Reader(connection, depth=len(store.root.parts) + 1)
         try:
             for view, found in files.items():
                 if found:
-                    _unite(connection, view, found, depth=len(store.root.parts) + 1)
+                    _unite(connection, view, list(found), reader.depth)
                     reader.columns[view] = _columns(connection, view)
+                    reader.unread[view] = found
         except duckdb.Error as error:
             raise InputError(
                 f"{store.root}: a table cannot be read ({error}). "
@@ -222,9 +250,10 @@ def _kind(statement: duckdb.Statement) -> str:
         return "of another kind"
 
 
-def _tables(store: Store, stage: str, pattern: str) -> list[Path]:
-    """Tables that a manifest names and that lie in the store with the size they should have."""
-    found = []
+def _tables(store: Store, stage: str, pattern: str) -> dict[Path, str]:
+    """Tables that a manifest names and that lie in the store with the size they should have, and
+    the SHA-256 that they should have."""
+    found = {}
     for ref in store.refs(stage):
         for name, entry in ref.manifest.files.items():
             file = ref.path / name
@@ -233,7 +262,7 @@ def _tables(store: Store, stage: str, pattern: str) -> list[Path]:
             # a link could lead out of the store
             inside = file.resolve() == file and file.is_file()
             if inside and file.stat().st_size == entry["size"]:
-                found.append(file)
+                found[file] = entry["sha256"]
             else:
                 log.warning("%s %s: %s is left out (damaged)", stage, ref.key[:12], name)
     return found

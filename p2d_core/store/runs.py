@@ -52,7 +52,9 @@ def read_summary(file: Path) -> Any:
     content = file.read_bytes()
     beside = file.with_suffix(HASH)
     digest = hashlib.sha256(content).hexdigest() + "\n"
-    if beside.exists() and beside.read_bytes() != digest.encode():
+    if not beside.exists():
+        raise ArtifactError(f"{file} has no {beside.name} beside it, which says what it held.")
+    if beside.read_bytes() != digest.encode():
         raise ArtifactError(f"{file} has other content than when its run ended.")
     try:
         return json.loads(content)

@@ -2,11 +2,13 @@
 
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -244,7 +246,7 @@ def whole(reader: Reader) -> bool:
 
 def test_without_the_look_at_the_statement_files_still_cannot_be_read(store: Store, monkeypatch):
     """DuckDB's own lock stands behind it."""
-    monkeypatch.setattr(Reader, "_check", lambda self, sql: None)
+    monkeypatch.setattr(Reader, "_check", lambda self, sql: set())
     with open_reader(store) as reader:
         for attempt in READS[:45]:
             sql = filled_in(attempt, store)
@@ -333,6 +335,27 @@ def test_a_statement_that_takes_too_long_is_stopped(name: str, store: Store):
         for _ in rows:
             pass
     assert time.monotonic() - start < 10
+    assert not list((store.root / ".scratch").glob("sql-*"))
+
+
+def test_the_process_of_a_query_ends_with_who_asked(store: Store):
+    """Else what is stopped at no bound any more would go on for ever."""
+    asking = (
+        "import sys; from pathlib import Path; from p2d_core.store import Store; "
+        "from p2d_core.store.bounded_query import bounded_query; "
+        "list(bounded_query(Store(Path(sys.argv[1])), sys.argv[2]).__enter__())"
+    )
+    command = [sys.executable, "-c", asking, str(store.root), ENDLESS["a product"]]
+    with subprocess.Popen(command) as process:
+        until = time.monotonic() + 60
+        asked: list[psutil.Process] = []
+        while not asked or asked[0].cpu_times().user < 3:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+            asked = psutil.Process(process.pid).children()
+        process.kill()
+    gone, alive = psutil.wait_procs(asked, timeout=5)
+    assert (len(gone), alive) == (1, [])
     assert not list((store.root / ".scratch").glob("sql-*"))
 
 

@@ -1,15 +1,19 @@
 """SQL reads the store's tables; it writes nothing, and reads nothing else."""
 
 import json
+import struct
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from p2d_core.errors import InputError
-from p2d_core.store import Store
+from p2d_core.store import ArtifactRef, Store
+from p2d_core.store.manifest import MANIFEST, sealed
 from p2d_core.store.query import Reader, open_reader
-from tests.small_store import N_SAMPLES, fill, keep_run, put, summary
+from p2d_core.store.recipe import hash_file
+from tests.small_store import N_CHOSEN, N_SAMPLES, fill, keep_run, put, summary
 
 SECRET = "not for you"
 
@@ -206,6 +210,41 @@ def test_an_empty_store_says_what_fills_it(tmp_path: Path):
         open_reader(Store(tmp_path)),
     ):
         pass
+
+
+def changed(ref: ArtifactRef, name: str) -> Path:
+    """A table of the same size that can be read and has another number in it."""
+    file = ref.path / name
+    pq.write_table(pa.table({"affinity": [2.0]}), file, compression="none", use_dictionary=False)
+    manifest = json.loads((ref.path / MANIFEST).read_text())
+    manifest["files"][name] = {"size": file.stat().st_size, "sha256": hash_file(file)}
+    (ref.path / MANIFEST).write_text(sealed(manifest))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(struct.pack("<d", 2.0), struct.pack("<d", 2.5)))
+    assert pq.read_table(file)["affinity"].to_pylist() == [2.5]
+    return file
+
+
+def test_a_table_that_changed_is_left_out_though_it_can_be_read(
+    store: Store, caplog: pytest.LogCaptureFixture
+):
+    ref = put(store, "scores", {"scores.parquet": pa.table({"affinity": [2.0]})}, other=True)
+    file = changed(ref, "scores.parquet")
+    with open_reader(store) as reader:
+        assert rows(reader, "FROM subset SELECT count(*)") == [(N_CHOSEN,)]
+        assert caplog.text == "", "only what is asked for is looked at"
+        assert rows(reader, "FROM scores SELECT count(*), max(affinity) < 2") == [(N_SAMPLES, True)]
+    assert f"{file} is left out (damaged)" in caplog.text
+
+
+def test_where_every_table_of_a_view_is_damaged_the_cure_is_named(store: Store):
+    (ref,) = store.refs("scores")
+    changed(ref, "scores.parquet")
+    with (
+        open_reader(store) as reader,
+        pytest.raises(InputError, match=r"every table of scores is damaged.*artifacts verify"),
+    ):
+        reader.run("SELECT count(*) FROM scores")
 
 
 def test_a_store_whose_name_needs_quoting_works(tmp_path: Path):

@@ -125,11 +125,20 @@ def test_when_making_fails_nothing_is_left_but_the_scratch_folder(store: Store):
         (lambda f: (f / "hello.txt").write_text("hellO"), "hello.txt has other content"),
         (lambda f: (f / "hello.txt").write_text("hell"), "hello.txt has 4 bytes, not 5"),
         (lambda f: (f / "hello.txt").unlink(), "hello.txt is missing"),
+        (lambda f: (f / "hello.bin").write_text("x"), "hello.bin is none of its files"),
         (lambda f: (f / MANIFEST).write_text("{"), "is not a manifest"),
         (lambda f: (f / MANIFEST).write_text("[]"), "is not a manifest"),
         (lambda f: (f / MANIFEST).write_text('{"key": 1}'), "is not a manifest"),
     ],
-    ids=["content", "size", "missing", "broken manifest", "no object", "half a manifest"],
+    ids=[
+        "content",
+        "size",
+        "missing",
+        "one too many",
+        "broken manifest",
+        "no object",
+        "half a manifest",
+    ],
 )
 def test_a_damaged_artifact_is_set_aside_and_made_again(store, caplog, damage, said):
     folder = store.produce(RECIPE, hello, run_id="run-1").path
