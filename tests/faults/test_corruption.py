@@ -28,7 +28,7 @@ from tests.faults.undisturbed import Undisturbed, contents
 from tests.faults.warm import Warm
 from tests.small_store import fill, keep_run, summary
 
-OF_A_STORE = 130
+OF_A_STORE = 164
 OF_RUN_SUMMARIES = 12
 OF_A_WHOLE_RUN = 36
 OF_CHECKPOINTS = 10

@@ -36,8 +36,9 @@ from tasks.samples import read_source, refuse_too_many_rejected
 from tasks.stage import Runtime, SourceInput
 from tasks.summary import Summary
 from tasks.tracking.database import mlflow_uri
-from tests.demo_run import P2D
+from tests.demo_run import P2D, command
 from tests.faults.bad import Bad, Job, every_bad_input
+from tests.faults.small_job import SmallJob
 from tests.faults.trials import trials
 from tests.job import quick_job
 from tests.small_store import fill, keep_run, summary
@@ -398,6 +399,8 @@ def test_up_to_n_bad_rows_are_set_aside_with_their_reasons(tmp_path, monkeypatch
     assert rows[0]["place"] == f"{pool}, line 4"
     assert "broken JSON at column" in rows[0]["reason"]
     assert "column 'response' holds a number (5)" in rows[1]["reason"]
+    report = job.store / "reports" / f"{done.run_id}.html"
+    assert "2 rows of ledgers left out" in report.read_text()
     with bounded_query(Store(job.store), "SELECT count(*) FROM rejected") as found:
         assert found.read_all().column(0).to_pylist() == [2]
     kept = json.loads((job.store / f"runs/{done.run_id}.json").read_text())
@@ -409,6 +412,17 @@ def test_up_to_n_bad_rows_are_set_aside_with_their_reasons(tmp_path, monkeypatch
     again = job.run(skip_bad_rows=40)
     assert all(line.reused for line in again.stages)
     assert again.rejected == done.rejected
+
+
+@pytest.mark.faults
+def test_the_option_leaves_rows_out_as_the_setting_does(tmp_path):
+    job = SmallJob(tmp_path)
+    pool = tmp_path / "corpus/ledgers.jsonl"
+    pool.write_text(pool.read_text() + '{"prompt": "cut')
+    done = command(tmp_path, "adapt", "run.yaml", "--skip-bad-rows", "1")
+    assert done.code == 0, done.errors
+    assert "1 rows of ledgers are no samples; why, in" in done.shown
+    assert command(job.folder, "adapt", "run.yaml").code == 2
 
 
 def metrics_of(store: Path, done: Summary) -> dict[str, float]:

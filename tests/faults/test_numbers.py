@@ -19,7 +19,7 @@ from p2d_core.adaptation.training import train
 from p2d_core.affinity import Target, scorers
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
-from p2d_core.affinity.protocol import Step
+from p2d_core.affinity.protocol import Step, steps_of
 from p2d_core.affinity.scoring import score_corpus
 from p2d_core.errors import HeadMapError, ModelError, NumericalError, P2DError, TrainingError
 from p2d_core.evaluation import EvaluationSpec
@@ -108,6 +108,21 @@ def test_a_loss_that_is_no_number_ends_training_and_says_at_which_step(value, tm
         training(network, tmp_path, 1e-3)
 
 
+def test_a_loss_beyond_the_largest_number_ends_training_too(tmp_path):
+    """Logits that are numbers, of which the sum of losses is none."""
+    network = tiny_llama()
+    encoded = list(Encoder(tiny_word_level(WORDS)).encode_all(samples(12)))
+    with torch.no_grad():
+        logits = torch.cat(
+            [network(torch.tensor([each.input_ids])).logits.flatten() for each in encoded]
+        )
+        network.model.norm.weight *= 1e19
+        network.lm_head.weight *= 3e19 / float(logits.abs().max())
+        assert bool(network(torch.tensor([encoded[0].input_ids])).logits.isfinite().all())
+    with pytest.raises(TrainingError, match=r"the loss is inf at step 1 of 3\. Lower the learning"):
+        training(network, tmp_path, 1e-3)
+
+
 @pytest.mark.parametrize("learning_rate", trials([1e6, 1e20, 1e38], quick=2))
 def test_training_that_runs_away_gives_no_model(learning_rate, tmp_path):
     """A loss that is no number, or, after the last step, a weight that is none; or finite weights,
@@ -184,7 +199,8 @@ def measured(
     scorer, model: CapturedModel, heads: HeadMap, corpus: list[Sample], folder: Path
 ) -> MeasuredCorpus:
     """In two shards where there are two samples."""
-    state = scorer.prepare(model, heads, Target((), ()))
+    known = TARGET if scorer.measures_target else Target((), ())
+    state = scorer.prepare(model, heads, known)
     parts = []
     for index, shard in enumerate((corpus[:1], corpus[1:])):
         if shard:
@@ -230,6 +246,25 @@ def test_samples_all_alike_have_the_same_affinity(shrinkage, n, model, heads, tm
     got = affinities(HeadActivation(shrinkage=shrinkage), model, heads, alike, tmp_path)
     np.testing.assert_allclose(got, got[0], atol=1e-6)
     assert abs(got[0]) < 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(set(scorers) - {"sum"}))
+def test_every_scorer_has_the_same_number_for_samples_all_alike(name, model, heads, tmp_path):
+    """But one that draws by the sample's id."""
+    one = samples(1)[0]
+    alike = [replace(one, sample_id=f"{i:064x}", row=i) for i in range(4)]
+    (step, *_) = steps_of(scorers.make(name, {}))
+    got = affinities(step.scorer, model, heads, alike, tmp_path)
+    assert np.isfinite(got).all()
+    if name not in ("random", "icl-attention", "data-whisperer"):
+        np.testing.assert_allclose(got, got[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(scorers) - {"sum"}))
+def test_every_scorer_has_a_number_for_a_corpus_of_one(name, model, heads, tmp_path):
+    (step, *_) = steps_of(scorers.make(name, {}))
+    (got,) = affinities(step.scorer, model, heads, samples(1), tmp_path)
+    assert math.isfinite(got)
 
 
 @pytest.mark.parametrize("name", ["tfidf", "length", "random"])

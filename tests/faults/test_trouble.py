@@ -315,6 +315,21 @@ def locked(database: Path, seconds: float) -> Iterator[None]:
         other.kill()
 
 
+@pytest.mark.faults
+def test_a_run_that_cannot_record_keeps_what_it_made_and_the_next_computes_nothing(
+    job: SmallJob, tmp_path: Path
+):
+    store = tmp_path / "store"
+    prepare_tracking(store)
+    with locked(store / "mlflow/mlflow.db", 300):
+        job.run(store).check_told()
+    assert len(list((store / "runs").glob("*.json"))) == 1
+    made = {ref.key: ref.manifest.run_id for ref in Store(store).refs()}
+    again = job.run(store)
+    assert again.code == 0, again.text
+    assert {ref.key: ref.manifest.run_id for ref in Store(store).refs()} == made
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(tmp_path_factory.mktemp("recorded"))

@@ -1,5 +1,6 @@
 """Which samples a subset holds, and what it says of how they came in."""
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,36 @@ def test_ties_go_by_sample_id(tmp_path):
     corpus = Corpus(tmp_path, [0.5] * 10)
     by_id = sorted(range(10), key=lambda i: corpus.samples[i].sample_id)
     assert sorted(corpus.choose(fraction=0.4)) == sorted(by_id[:4])
+
+
+def test_rounding_moves_ties_at_the_boundary_alone(tmp_path):
+    """Other numbers of threads add in another order: 30 samples stand within rounding of it."""
+    rng = np.random.default_rng(0)
+    exact = np.concatenate([rng.uniform(0.6, 1, 25), np.full(30, 0.5), rng.uniform(0, 0.4, 345)])
+    exact[25:55] *= 1 + 1e-9 * np.arange(30)
+    chosen = []
+    for _ in range(2):
+        rounded = exact * (1 + 1e-7 * rng.uniform(-1, 1, 400))
+        corpus = Corpus(tmp_path, rounded.tolist())
+        chosen.append(set(corpus.choose(fraction=0.1)))
+    moved = chosen[0] ^ chosen[1]
+    assert moved
+    assert moved <= set(range(25, 55))
+    assert set(range(25)) <= chosen[0] & chosen[1]
+
+
+def test_a_tie_at_a_gate_moves_no_more_than_itself_and_what_takes_its_place(tmp_path):
+    """What passes is drawn from by chance, but no sample's chance hangs on which others pass."""
+    lengths = [3 + i % 5 for i in range(200)]
+    passed = [int(i % 2 == 0) for i in range(200)]
+    one = Corpus(tmp_path, [1.0] * 200, passed, gates=1, lengths=lengths)
+    before = set(one.choose(proxy_lengths=(3, 4, 5, 6, 7), fraction=0.1, match_lengths=True))
+    for out in sorted(before):
+        without = [0 if i == out else gate for i, gate in enumerate(passed)]
+        other = Corpus(tmp_path, [1.0] * 200, without, gates=1, lengths=lengths)
+        after = set(other.choose(proxy_lengths=(3, 4, 5, 6, 7), fraction=0.1, match_lengths=True))
+        assert out in before - after
+        assert len(before - after) == len(after - before) == 1
 
 
 def test_a_pool_is_drawn_from_by_chance_and_not_from_its_top(tmp_path):
