@@ -40,7 +40,7 @@ from flows.stages import (
 )
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.affinity import scorers, steps_of
-from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, Plugins
 from p2d_core.errors import InputError, P2DError
 from p2d_core.evaluation import metrics
 from p2d_core.store import ArtifactRef, Store
@@ -102,8 +102,11 @@ def grid_of(settings: RunSettings) -> Grid:
     for scorer, ranker, adaptation, fraction in product(
         grid.scorers, grid.rankers, grid.adaptations, grid.fractions
     ):
-        looks = _looks_at_heads(scorer, adaptation)
-        arm = Arm(scorer.shown, ranker.shown if looks else NONE, adaptation.shown, fraction)
+        by_heads = _scores_by_heads(scorer)
+        looks = by_heads or _adapts_heads(adaptation)
+        plugins = Plugins(scorer.name, ranker.name if looks else NONE, adaptation.name, by_heads)
+        named = (scorer.shown, ranker.shown if looks else NONE, adaptation.shown)
+        arm = Arm(*named, fraction, plugins)
         arms.setdefault(arm, _settings_of(settings, scorer, ranker, adaptation, fraction))
     return Grid(arms, tuple(dict.fromkeys(grid.seeds)))
 
@@ -307,12 +310,13 @@ class Seed:
         )  # fmt: skip
 
 
-def _looks_at_heads(scorer: Choice, adaptation: Choice) -> bool:
+def _scores_by_heads(scorer: Choice) -> bool:
     steps = steps_of(scorers.make(scorer.name, scorer.options))
-    trained = adaptations.make(adaptation.name, adaptation.options)
-    return bool(trained.needs_heads) or any(
-        step.scorer.needs_heads or step.scorer.needs_head_proxy for step in steps
-    )
+    return any(step.scorer.needs_heads or step.scorer.needs_head_proxy for step in steps)
+
+
+def _adapts_heads(adaptation: Choice) -> bool:
+    return bool(adaptations.make(adaptation.name, adaptation.options).needs_heads)
 
 
 def _settings_of(

@@ -8,7 +8,7 @@ from typing import Any
 
 from p2d_core.comparison import arms, picture
 from p2d_core.comparison.arms import ArmRun
-from p2d_core.comparison.verdict import answers, arm_lines
+from p2d_core.comparison.verdict import ON_FRONT, answers, arm_lines, front
 from p2d_core.store import Making
 from tasks.stage import Runtime, stage
 
@@ -32,6 +32,7 @@ def compare_arms(
         asdict(answer) | {"a": answer.a.label, "b": answer.b.label, "words": answer.words}
         for answer in answers(runs, higher_is_better)
     ]
+    said.append({"question": ON_FRONT, "words": front(lines)})
     text = json.dumps(said, indent=2) + "\n"
     (making.folder / VERDICT).write_text(text, encoding="utf-8")
     making.facts |= {

@@ -15,7 +15,7 @@ from flows.settings import RunSettings
 from p2d_core.comparison import arms, picture
 from p2d_core.comparison.arms import NONE
 from p2d_core.comparison.statistics import Interval, mean_interval
-from p2d_core.comparison.verdict import answers, arm_lines
+from p2d_core.comparison.verdict import answers, arm_lines, front
 from p2d_core.synthetic.hard_worlds import WORLDS
 
 PAGE = "evidence.md"
@@ -153,9 +153,9 @@ def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
             f"{moved[0]:,}" if moved else "",
         ]
         failed = f" ({line.failed} of {line.runs} failed)" if line.failed else ""
-        front = " (front)" if line.on_front else ""
-        yield f"| {line.arm.label}{front}{failed} | {' | '.join(cells)} |"
-    yield "\nfront: no arm is as good for less, or better for as much.\n"
+        on_it = " (front)" if line.on_front else ""
+        yield f"| {line.arm.label}{on_it}{failed} | {' | '.join(cells)} |"
+    yield f"\nfront: {front(lines)}.\n"
     if higher_is_better:
         yield from _cheapest({line.arm.label: (line.quality, line.aer) for line in lines})
     asked = ""

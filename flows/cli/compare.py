@@ -69,7 +69,7 @@ def show(made: ArtifactRef, console: Console) -> None:
 
     from p2d_core.comparison.arms import read
     from p2d_core.comparison.picture import PICTURE
-    from p2d_core.comparison.verdict import answers, arm_lines, further_metrics
+    from p2d_core.comparison.verdict import ON_FRONT, answers, arm_lines, front, further_metrics
 
     runs, metric, higher_is_better = read(made.path)
     lines = arm_lines(runs, higher_is_better)
@@ -85,6 +85,8 @@ def show(made: ArtifactRef, console: Console) -> None:
         table.add_column(title.lstrip(">"), justify="right" if title[0] == ">" else "left")
     for line in lines:
         notes = ["front"] if line.on_front else []
+        if line.over_best is not None and line.over_best.shows == 0:
+            notes.append("not shown to be worse than the best")
         if line.failed:
             notes.append(f"{line.failed} of {line.runs} failed")
         table.add_row(
@@ -116,6 +118,8 @@ def show(made: ArtifactRef, console: Console) -> None:
             console.print(Text(f"  {asked}"))
         colour = {1: "green", 0: "yellow", -1: "red"}[answer.gain.shows]
         console.print(Padding(Text(answer.words, colour), (0, 0, 0, 4)))
+    console.print(Text(f"  {ON_FRONT}"))
+    console.print(Padding(Text(front(lines)), (0, 0, 0, 4)))
     if not asked:
         console.print("  No two arms answer a question: add a baseline such as `random`.")
     console.print(f"\n  picture: {os.path.relpath(made.path / PICTURE)}", soft_wrap=True)

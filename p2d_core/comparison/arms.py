@@ -18,6 +18,20 @@ NONE = "-"
 EVERYTHING = "everything"
 """The scorer of an arm that trains on the whole corpus."""
 BASE = "base"
+RANDOM = "random"
+BASELINES = (RANDOM, "tfidf", "rds-plus")
+"""Scorers that the others are held against; they look at no heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugins:
+    """What an arm is made of, whatever it is called."""
+
+    scorer: str
+    ranker: str
+    adaptation: str
+    scores_by_heads: bool
+    """Does the scorer look at the task heads, or through them?"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,9 +39,18 @@ class Arm:
     """How the data were chosen and which parameters moved; seeds are runs of one arm."""
 
     scorer: str
+    """Here and below what it is called: its label, or its name."""
     ranker: str
     adaptation: str
     fraction: float
+    plugins: Plugins | None = field(default=None, compare=False)
+    """None where it is called what it is."""
+
+    @property
+    def of(self) -> Plugins:
+        """What it is made of."""
+        by_heads = self.scorer not in (BASE, EVERYTHING, *BASELINES)
+        return self.plugins or Plugins(self.scorer, self.ranker, self.adaptation, by_heads)
 
     @property
     def label(self) -> str:
@@ -70,7 +93,7 @@ class ArmRun:
         return self.error is not None
 
 
-_JSON = ("metrics", "labels", "seconds", "artifacts")
+_JSON = ("metrics", "labels", "seconds", "artifacts", "plugins")
 
 
 def write(runs: Sequence[ArmRun], metric: str, higher_is_better: bool, folder: Path) -> None:
@@ -79,7 +102,8 @@ def write(runs: Sequence[ArmRun], metric: str, higher_is_better: bool, folder: P
     for run in runs:
         plain = {f.name: getattr(run, f.name) for f in fields(run)}
         values = plain.pop("values")
-        plain |= asdict(plain.pop("arm")) | {name: _text(plain[name]) for name in _JSON}
+        plain |= asdict(plain.pop("arm"))
+        plain |= {name: _text(plain[name]) for name in _JSON}
         rows.append({"label": run.arm.label} | plain)
         samples += [
             {"label": run.arm.label, "seed": run.seed, "sample_id": sample_id, "value": value}
@@ -102,8 +126,11 @@ def read(folder: Path) -> tuple[list[ArmRun], str, bool]:
     runs = []
     for row in table.to_pylist():
         label = row.pop("label")
-        arm = Arm(**{f.name: row.pop(f.name) for f in fields(Arm)})
-        row |= {name: json.loads(row[name]) for name in _JSON}
+        # tables of earlier versions have no plugins
+        row |= {name: json.loads(row.get(name) or "null") for name in _JSON}
+        plugins = row.pop("plugins")
+        named = {f.name: row.pop(f.name) for f in fields(Arm) if f.name != "plugins"}
+        arm = Arm(**named, plugins=Plugins(**plugins) if plugins else None)
         run = ArmRun(arm, **row)
         runs.append(replace(run, values=values.get((label, run.seed), {})))
     header = table.schema.metadata
@@ -134,6 +161,7 @@ _SCHEMA = pa.schema(
         ("parameters", pa.int64()),
         ("peak_memory_bytes", pa.int64()),
         ("artifacts", pa.string()),
+        ("plugins", pa.string()),
     ]
 )
 _SAMPLES = pa.schema(

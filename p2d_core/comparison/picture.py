@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from p2d_core.comparison.arms import BASE, EVERYTHING, NONE
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, RANDOM
 from p2d_core.comparison.verdict import ArmLine
 
 PICTURE = "comparison.png"
@@ -54,8 +54,8 @@ def draw(lines: Sequence[ArmLine], metric: str, higher_is_better: bool, path: Pa
         for line, x, y in zip(members, xs, ys, strict=True):
             assert line.quality is not None
             half = line.quality.high - y if line.quality.n > 1 else 0
-            filled = line.arm.ranker != "random"
-            marker = MARKERS.get(line.arm.adaptation, "v")
+            filled = line.arm.of.ranker != RANDOM
+            marker = MARKERS.get(line.arm.of.adaptation, "v")
             axes.errorbar(
                 x, y, yerr=half, color=colours[scorer], marker=marker, markersize=7,
                 capsize=3, markerfacecolor=colours[scorer] if filled else "white",

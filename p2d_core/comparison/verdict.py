@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun
+from p2d_core.comparison.arms import BASE, BASELINES, EVERYTHING, NONE, RANDOM, Arm, ArmRun
 from p2d_core.comparison.statistics import Interval, mean_interval, paired_difference
 
-RANDOM = "random"
-BASELINES = (RANDOM, "tfidf", "rds-plus")
+ON_FRONT = "Which arms are on the Pareto front of AER and quality?"
+CONTROLS = (RANDOM, "bottom")
+"""Rankers whose heads are not those that the task needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class Answer:
         """yes, no or not shown, with the figures."""
         said = {1: "yes", 0: "not shown", -1: "no, it is worse"}[self.gain.shows]
         return (
-            f"{said} ({self.gain.mean:+.3f}, {self.gain.low:+.3f} to {self.gain.high:+.3f}; "
-            f"{self.a.label} against {self.b.label})"
+            f"{said} ({self.gain.mean:+.3f}, {self.gain.low:+.3f} to {self.gain.high:+.3f}"
+            f"{', one seed' if self.gain.n == 1 else ''}; {self.a.label} against {self.b.label})"
         )
 
 
@@ -64,7 +65,6 @@ def arm_lines(runs: Sequence[ArmRun], higher_is_better: bool) -> list[ArmLine]:
     best = max(known, key=lambda arm: known[arm]) if known else None
     lines = []
     for arm, each in by_arm.items():
-        by_chance = Arm(RANDOM, arm.ranker, arm.adaptation, arm.fraction)
         retained = [run.retention for run in each if run.retention is not None]
         lines.append(
             ArmLine(
@@ -74,7 +74,7 @@ def arm_lines(runs: Sequence[ArmRun], higher_is_better: bool) -> list[ArmLine]:
                 quality=means[arm],
                 retention=mean_interval(retained) if retained else None,
                 aer=aers[arm],
-                over_random=_gain(by_arm, arm, _like(by_arm, by_chance), higher_is_better),
+                over_random=_gain(by_arm, arm, _like(by_arm, arm, scorer=RANDOM), higher_is_better),
                 over_best=_gain(by_arm, arm, best, higher_is_better),
                 on_front=arm in known
                 and not any(
@@ -106,36 +106,68 @@ def answers(runs: Sequence[ArmRun], higher_is_better: bool) -> list[Answer]:
             found.append(Answer(question, a, b, gain))
 
     for arm in sorted(by_arm):
-        if arm.scorer in (BASE, EVERYTHING, *BASELINES) or arm.ranker == RANDOM:
+        if arm.of.scorer in (BASE, EVERYTHING, *BASELINES) or arm.of.ranker in CONTROLS:
             continue
         for baseline in BASELINES:
-            other = _like(by_arm, Arm(baseline, arm.ranker, arm.adaptation, arm.fraction))
+            other = _like(by_arm, arm, scorer=baseline)
             ask(f"Does {arm.scorer} choose better data than {baseline}?", arm, other)
     for arm in sorted(by_arm):
-        if arm.ranker in (NONE, RANDOM):
+        if arm.ranker == NONE or arm.of.ranker in CONTROLS:
             continue
-        other = _like(by_arm, Arm(arm.scorer, RANDOM, arm.adaptation, arm.fraction))
-        alone = {a.ranker for a in by_arm if (a.scorer, a.adaptation) == (arm.scorer, "full")}
-        if arm.adaptation != "heads":
+        if arm.of.adaptation != "heads":
             role = "for choosing data"
-        elif alone == {NONE} or arm.scorer in BASELINES:
-            role = "for tuning"
         else:
-            role = "for both"
+            role = "for both" if arm.of.scores_by_heads else "for tuning"
+        other = _like(by_arm, arm, ranker=RANDOM)
         ask(f"Do {arm.ranker} heads beat random heads {role}?", arm, other)
     everything = next((arm for arm in by_arm if arm.scorer == EVERYTHING), None)
     for arm in sorted(by_arm):
-        if arm.adaptation == "heads" and arm.ranker != RANDOM and arm.scorer not in BASELINES:
+        is_ours = arm.of.adaptation == "heads" and arm.of.ranker not in CONTROLS
+        if is_ours and arm.of.scorer not in BASELINES:
             ask("Is it better than full fine-tuning on everything?", arm, everything)
     order = list(dict.fromkeys(answer.question for answer in found))
     return sorted(found, key=lambda answer: order.index(answer.question))
 
 
-def _like(by_arm: Iterable[Arm], wanted: Arm) -> Arm | None:
-    """That arm, or, of one that looks at no head, the one without a ranker."""
-    known = set(by_arm)
-    without = Arm(wanted.scorer, NONE, wanted.adaptation, wanted.fraction)
-    return next((arm for arm in (wanted, without) if arm in known), None)
+def front(lines: Sequence[ArmLine]) -> str:
+    """Which arms no other one is as good as for less, from the cheapest, in words."""
+    on_it = sorted(
+        (line for line in lines if line.on_front and line.aer is not None and line.quality),
+        key=lambda line: line.aer or 0,
+    )
+    if not on_it:
+        return "no arm has both an AER and a quality"
+    named = [
+        f"{line.arm.label} ({line.quality.mean:.3f} at AER {line.aer:.2f})"
+        for line in on_it
+        if line.quality
+    ]
+    ranked = [
+        line
+        for line in on_it
+        if line.arm.of.scores_by_heads and line.arm.of.ranker not in (NONE, *CONTROLS)
+    ]
+    return "; ".join(named) + ("" if ranked else "; none that chooses by ranked task heads")
+
+
+def _like(
+    by_arm: Iterable[Arm], arm: Arm, *, scorer: str | None = None, ranker: str | None = None
+) -> Arm | None:
+    """The arm with that scorer or ranker and all else equal, or, of one that looks at no head, the
+    one without a ranker."""
+
+    def alike(other: Arm, of_ranker: bool) -> bool:
+        return (
+            (other.of.scorer == scorer if scorer else other.scorer == arm.scorer)
+            and (other.adaptation, other.fraction) == (arm.adaptation, arm.fraction)
+            and of_ranker
+        )
+
+    known = list(by_arm)
+    for other in known:
+        if alike(other, other.of.ranker == ranker if ranker else other.ranker == arm.ranker):
+            return other
+    return next((other for other in known if alike(other, other.ranker == NONE)), None)
 
 
 def _by_arm(runs: Sequence[ArmRun]) -> dict[Arm, list[ArmRun]]:

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 
 from p2d_core.comparison.arms import BASE, ArmRun, read
 from p2d_core.comparison.picture import PICTURE
-from p2d_core.comparison.statistics import Interval
-from p2d_core.comparison.verdict import ArmLine, answers, arm_lines, further_metrics
+from p2d_core.comparison.verdict import (
+    ON_FRONT,
+    ArmLine,
+    answers,
+    arm_lines,
+    front,
+    further_metrics,
+)
 from p2d_core.store import ArtifactRef
 from tasks.report.markdown import LONGEST_NOTE, escaped, table
 from tasks.report.page import user
@@ -85,8 +91,8 @@ def as_note(
     rows = [
         [
             escaped(line.arm.label),
-            _mean(line.quality),
-            _mean(line.over_random, "+.3f"),
+            str(line.quality or ""),
+            f"{line.over_random.mean:+.3f}" if line.over_random else "",
             f"{line.aer:.2f}" if line.aer is not None else "",
             *(f"{line.metrics[name]:.3f}" if name in line.metrics else "" for name in more),
             f"{line.failed} of {line.runs} failed" if line.failed else "",
@@ -98,6 +104,7 @@ def as_note(
             f"{len(lines)} arms · [side by side]({charts})",
             "",
             *(said or ["- No two arms answer a question."]),
+            f"- {ON_FRONT} **{escaped(front(lines))}**",
             "",
             f"![AER against quality]({picture})",
             *table(columns, rows),
@@ -146,7 +153,3 @@ def _write_arm(
     ]
     client.log_batch(made.info.run_id, metrics=metrics)
     run.end(client, made.info.run_id, "FAILED" if line.failed == line.runs else "FINISHED")
-
-
-def _mean(interval: Interval | None, how: str = ".3f") -> str:
-    return "" if interval is None else f"{interval.mean:{how}}"

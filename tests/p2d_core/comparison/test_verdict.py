@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
-from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, read, write
+from p2d_core.comparison.arms import (
+    BASE,
+    EVERYTHING,
+    NONE,
+    Arm,
+    ArmRun,
+    Plugins,
+    read,
+    write,
+)
 from p2d_core.comparison.picture import draw
-from p2d_core.comparison.verdict import answers, arm_lines
+from p2d_core.comparison.verdict import answers, arm_lines, front
 
 
 def runs(arm: Arm, quality: float, aer: float | None = 0.3, seeds: int = 3) -> list[ArmRun]:
@@ -65,6 +74,48 @@ def test_heads_against_random_heads_for_choosing_and_for_tuning():
     }
 
 
+def test_what_arms_are_called_changes_no_question():
+    """Two labels of each plug-in, as a grid with other options has them."""
+    named = Arm("mine", "wide", "slow", 0.1, Plugins("head-filter", "frobenius", "heads", True))
+    chance = Arm("luck", "wide", "slow", 0.1, Plugins("random", "frobenius", "heads", False))
+    control = Arm("mine", "dice", "slow", 0.1, Plugins("head-filter", "random", "heads", True))
+    worst = Arm("mine", "worst", "slow", 0.1, Plugins("head-filter", "bottom", "heads", True))
+    world = [
+        *runs(named, 0.9), *runs(chance, 0.2), *runs(control, 0.5), *runs(worst, 0.3),
+        *runs(ALL, 0.7, 1.0),
+    ]  # fmt: skip
+    found = {(a.question, a.a.label, a.b.label): a.gain.shows for a in answers(world, True)}
+    assert found == {
+        ("Does mine choose better data than random?", named.label, chance.label): 1,
+        ("Do wide heads beat random heads for both?", named.label, control.label): 1,
+        ("Is it better than full fine-tuning on everything?", named.label, ALL.label): 1,
+    }
+    over_random = {line.arm: line.over_random for line in arm_lines(world, True)}
+    assert over_random[named].mean == pytest.approx(0.7)
+
+
+def test_heads_of_a_scorer_that_looks_at_none_are_asked_about_for_tuning_alone():
+    of = ("ifd", "frobenius", "heads", 0.1)
+    ranked = Arm(*of, Plugins(*of[:3], scores_by_heads=False))
+    by_chance = Arm("ifd", "random", "heads", 0.1, Plugins("ifd", "random", "heads", False))
+    (answer,) = answers([*runs(ranked, 0.5), *runs(by_chance, 0.4)], True)
+    assert answer.question == "Do frobenius heads beat random heads for tuning?"
+
+
+def test_one_seed_is_said_to_be_one():
+    one = answers([*runs(P2D, 0.9, seeds=1), *runs(RANDOM_DATA, 0.2, seeds=1)], True)[0]
+    assert one.words.startswith("yes (+0.700, +0.700 to +0.700, one seed; ")
+
+
+def test_the_front_in_words_goes_from_the_cheapest_and_says_whether_ranked_heads_are_on_it():
+    assert front(arm_lines(WORLD, True)) == (
+        "tfidf, full, 10% (0.499 at AER 0.20); head-filter, frobenius, heads, 10% "
+        "(0.899 at AER 0.30)"
+    )
+    others = [run for run in WORLD if run.arm != P2D]
+    assert front(arm_lines(others, True)).endswith("; none that chooses by ranked task heads")
+
+
 def test_against_everything():
     assert said("Is it better than full fine-tuning on everything?") == {
         (P2D.label, ALL.label): "yes"
@@ -99,10 +150,12 @@ def test_a_failed_arm_is_last_and_counted():
 
 
 def test_the_tables_give_the_runs_again(tmp_path):
-    failed = ArmRun(Arm("loss", NONE, "full", 0.1), 0, error="out of luck")
+    plugins = Plugins("loss", NONE, "full", scores_by_heads=False)
+    failed = ArmRun(Arm("loss", NONE, "full", 0.1, plugins), 0, error="out of luck")
     write([*WORLD, failed], "exact_match", True, tmp_path)
     again, metric, higher_is_better = read(tmp_path)
     assert again == [*WORLD, failed]
+    assert [run.arm.plugins for run in again[-2:]] == [None, plugins]
     assert (metric, higher_is_better) == ("exact_match", True)
 
 
