@@ -43,7 +43,7 @@ def with_preset(values: Any) -> Any:
         given = filled.get(section, {})
         if not isinstance(given, Mapping):
             continue
-        if "options" in meant and {"ranker", "scorer"} & set(given):
+        if any(given[kind] != meant.get(kind) for kind in {"ranker", "scorer"} & given.keys()):
             meant = {name: value for name, value in meant.items() if name != "options"}
         filled[section] = {**meant, **given}
     return filled

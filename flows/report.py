@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -23,6 +24,7 @@ from p2d_core.store import ArtifactRef
 from tasks.heads import PICTURE
 from tasks.summary import (
     AERSummary,
+    AgreementSummary,
     HarnessLine,
     HeadsSummary,
     QualitySummary,
@@ -113,6 +115,20 @@ def _heads(heads: ArtifactRef) -> HeadsSummary:
         ids=[(layer, head) for layer, head in facts["task_heads"]],
         ranker=facts["ranker"],
         picture=os.path.relpath(heads.path / PICTURE),
+        agreement=_agreement(facts.get("agreement")),
+    )
+
+
+def _agreement(found: dict[str, Any] | None) -> AgreementSummary | None:
+    if found is None:
+        return None
+    (top,) = found["top"]
+    return AgreementSummary(
+        draws=found["draws"],
+        spearman=found["spearman"],
+        spearman_by_luck=found["spearman_by_luck"],
+        jaccard=top["jaccard"],
+        jaccard_by_chance=top["by_chance"],
     )
 
 

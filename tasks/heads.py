@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pyarrow.parquet as pq
 
-from p2d_core.heads.draws import mean_of_draws
+from p2d_core.heads.draws import agreement, mean_of_draws
 from p2d_core.heads.head_map import HEADS, HeadMap, HeadPick, read_head_map
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
@@ -57,7 +59,8 @@ def average_heads(
     maps = [head_map_in(ref) for ref in draws]
     scores = mean_of_draws([each.scores for each in maps])
     _keep(making, pick.of(scores, maps[0].n_kv_groups), ranker)
-    making.facts["draws"] = len(maps)
+    found = agreement([each.scores for each in maps], [[set(each.task_heads) for each in maps]])
+    making.facts |= {"draws": len(maps), "agreement": asdict(found)}
 
 
 def _keep(making: Making, head_map: HeadMap, ranker: Plugin) -> None:

@@ -23,6 +23,29 @@ class StageLine(BaseModel):
     """What its artifacts cost when they were made."""
 
 
+class AgreementSummary(BaseModel):
+    """How far several draws of the proxy set rank the same heads alike."""
+
+    draws: int
+    spearman: float
+    """Rank correlation over all heads, the mean over pairs of draws; 0 by chance."""
+    spearman_by_luck: float
+    """What two random rankings reach in one case of twenty."""
+    jaccard: float
+    """Task heads that two draws have in common over those that one has, the mean over pairs."""
+    jaccard_by_chance: float
+    """What two random choices of as many have on average."""
+
+    @property
+    def text(self) -> str:
+        """In a sentence."""
+        return (
+            f"Over {self.draws} draws of the proxy set: rank correlation {self.spearman:.2f} "
+            f"(above {self.spearman_by_luck:.2f} is rare by chance), task heads in common "
+            f"{self.jaccard:.2f} (Jaccard; {self.jaccard_by_chance:.2f} by chance)."
+        )
+
+
 class HeadsSummary(BaseModel):
     """Which heads were found."""
 
@@ -32,6 +55,8 @@ class HeadsSummary(BaseModel):
     ranker: str
     picture: str
     """Path of heads.png."""
+    agreement: AgreementSummary | None = None
+    """Of the draws of the proxy set that the map is the mean of; None of one alone."""
 
 
 class RejectedSummary(BaseModel):

@@ -65,6 +65,8 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
         f"by {heads.ranker}: {moving.parameters:,} parameters move, {moving.share_of_model:.1%} of "
         "the model.",
     )
+    if heads.agreement is not None:
+        _say(console, heads.agreement.text)
     if picture is not None:
         widest = max((len(line) for line in picture.plain.splitlines()), default=0)
         if widest <= console.width - 4:

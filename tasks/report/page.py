@@ -215,6 +215,7 @@ class Page:
         """What a person should know."""
         summary = self.summary
         notes = [f"{one.rows:,} rows of {one.source} left out" for one in summary.rejected]
+        notes += [summary.heads.agreement.text] if summary.heads.agreement else []
         notes += summary.selection.notes
         if len(notes) > MOST_NOTES:
             notes = [*notes[: MOST_NOTES - 1], f"{len(notes) - MOST_NOTES + 1} more in the summary"]

@@ -8,8 +8,8 @@ import pytest
 from flows.adapt import run_adapt
 from flows.settings import load_settings
 from p2d_core.errors import DataError, HeadMapError
-from p2d_core.heads.draws import mean_of_draws
-from p2d_core.heads.head_map import read_head_map
+from p2d_core.heads.draws import agreement, mean_of_draws
+from p2d_core.heads.head_map import HeadPick, read_head_map
 from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER, write_world
 
@@ -91,6 +91,14 @@ def test_a_run_can_take_the_mean_over_the_draws(p2d, folder):
     draws = [read_head_map(Path(each) / "heads.parquet").scores for each in maps]
     assert got.scores.tolist() == mean_of_draws(draws).tolist()
     assert sorted(layer for layer, _ in got.task_heads) == [0, 1, 2, 3]
+    picked = [HeadPick(settings.heads.fraction, 1).of(each, got.n_kv_groups) for each in draws]
+    expected = agreement(draws, [[set(each.task_heads) for each in picked]])
+    found = summary.heads.agreement
+    assert (found.draws, found.spearman, found.jaccard) == (
+        3, pytest.approx(expected.spearman), pytest.approx(expected.top[0].jaccard),
+    )  # fmt: skip
+    report = (folder / f"artifacts/reports/{summary.run_id}.html").read_text()
+    assert f"Over 3 draws of the proxy set: rank correlation {found.spearman:.2f}" in report
     proxies = [line for line in summary.stages if line.name == "proxy"]
     assert proxies[0].reused  # the draws of `heads stability` are those of a run
     given = run_adapt(
@@ -99,6 +107,7 @@ def test_a_run_can_take_the_mean_over_the_draws(p2d, folder):
         head_map=summary.artifacts["heads"],
     )
     assert given.heads.ids == summary.heads.ids
+    assert given.heads.agreement == found
 
 
 def test_limits_that_leave_too_few_heads_are_refused_before_anything_starts(p2d, folder):

@@ -164,6 +164,8 @@ def test_options_of_a_preset_belong_to_its_plugin():
     assert RunSettings.model_validate(given).scoring.options == {"bias": "per-token"}
     other = RunSettings.model_validate(given | {"scoring": {"scorer": "tfidf"}})
     assert other.scoring.options == {}
+    same = RunSettings.model_validate(given | {"scoring": {"scorer": "icl-attention"}})
+    assert same.scoring.options == {"bias": "per-token"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
