@@ -86,7 +86,7 @@ def draw_trained(points: Mapping[str, Point], path: Path) -> None:
             )  # fmt: skip
         panel.set_xscale("log")
         for formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
-            formatter(lambda value, _: f"{value:.2g}")
+            formatter(lambda value, _: f"{value:.3g}")
         panel.set_ylabel("exact match, " + ("target" if what == "quality" else "old skills"))
         panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.25)

@@ -20,6 +20,7 @@ class HeadFilter:
     the task heads tuned on the proxy set is as low as on held-out target samples; only what is
     of the domain is measured for it. Shift, if asked for: tuning took as much off the loss as off
     theirs, which what the base knew already does not show; two more passes of what passed both.
+    Costs a forward pass a sample to the deepest task head, and a whole one of what passed domain.
 
     Source: ours.
     """

@@ -17,8 +17,9 @@ class LossFilter:
     Consistency: the response's loss under the base with the task heads tuned on the proxy set is
     as low as on held-out target samples. Shift: tuning took as much off it as off theirs, which
     what the base knew already does not show. It finds the target under surfaces that the proxy
-    samples do not have, where activations are no guide, at the cost of a whole forward pass a
-    sample, and two more of what passes the first gate.
+    samples do not have, where activations are no guide.
+
+    Costs a whole forward pass a sample, and two more of what passes the first gate.
 
     Source: ours.
     """

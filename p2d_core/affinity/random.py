@@ -18,7 +18,10 @@ from p2d_core.samples.schema import Sample
 @scorers.register("random")
 @dataclass(frozen=True)
 class RandomScorer:
-    """Uniform in [0, 1), from the sample's id and the seed alone. Runs no model."""
+    """Uniform in [0, 1), from the sample's id and the seed alone. Costs nothing: it runs no model.
+
+    Source: the usual control.
+    """
 
     seed: int = 0
 

@@ -1,6 +1,7 @@
 """What each scorer's numbers mean, and that they depend on nothing else."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
 from p2d_core.errors import HeadMapError, SettingsError, UnknownNameError
+from p2d_core.heads.ranking import rankers
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample, sample_id_of
 from tests.small_scoring import NEEDED, TARGET, affinities, joined, samples
@@ -280,3 +282,57 @@ def test_a_depth_above_all_task_heads_is_refused(heads):
         HeadActivation(depth=0.2).looked_at(heads)
     with pytest.raises(SettingsError, match=r"depth is 1\.5"):
         scorers.make("head-filter", {"depth": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), [(each, name) for each in (scorers, rankers) for name in each]
+)
+def test_every_scorer_and_ranker_says_where_it_is_from_and_what_it_costs(registry, name):
+    told = registry.get(name).__doc__
+    assert "Source: " in told
+    assert "Costs " in told or "Runs no model" in told
+
+
+OTHERS = {
+    "bm25": {"neighbours": 1, "k1": 2.0, "b": 0.9, "features": 16},
+    "data-whisperer": {"demonstrations": 2, "draws": 1, "layer": 1.0, "seed": 1},
+    "head-activation": {
+        "neighbours": 1, "shrinkage": 0.9, "depth": 0.5, "tokens": "response", "compare": "mean",
+        "whiten": False,
+    },
+    "head-gradient": {"dimensions": 8, "include_kv": False, "seed": 1},
+    "head-influence": {"relative": True},
+    "icl-attention": {
+        "demonstrations": 2, "draws": 1, "bias": "per-token", "weigh_by_gain": True, "seed": 1,
+    },
+    "less": {
+        "rank": 2, "alpha": 4, "epochs": 1, "learning_rate": 1e-2, "batch_size": 2,
+        "dimensions": 8, "seed": 1,
+    },
+    "loss": {"prefer": "high"},
+    "mid-perplexity": {"middle": 0.1},
+    "random": {"seed": 1},
+    "rds-plus": {"choose": "mean"},
+    "tfidf": {"neighbours": 1, "features": 16},
+}  # fmt: skip
+"""Of each scorer every setting, with another value than its default; sums and chains apart."""
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [(name, setting) for name in OTHERS for setting in OTHERS[name]]
+)
+def test_every_setting_of_a_scorer_is_read(name, setting, model, heads):
+    corpus = samples(20)
+    # so few parameters are not projected, and nothing is drawn
+    beside = {"dimensions": 8} if (name, setting) == ("head-gradient", "seed") else {}
+    usual = affinities(name, model, heads, [corpus], **beside)
+    changed = {setting: OTHERS[name][setting]}
+    other = affinities(name, model, heads, [corpus], **beside, **changed)
+    assert not np.allclose(usual, other, atol=1e-9)
+
+
+def test_no_setting_of_a_scorer_is_left_out():
+    for name in SINGLE:
+        if name != "sum":
+            settings = {each.name for each in fields(scorers.get(name)) if each.init}
+            assert settings == set(OTHERS.get(name, {})), name

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from p2d_core.affinity import scorers
 from tests.small_scoring import TARGET, affinities, sample_of, samples
@@ -37,6 +38,25 @@ def test_bm25_is_lucenes_sum_over_the_querys_words(model, heads, k1, b):
     ]
     got = affinities("bm25", model, heads, [corpus[:9], corpus[9:]], neighbours=3, k1=k1, b=b)
     np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_tfidf_is_scikit_learns_cosine_to_the_nearest_proxies(model, heads):
+    """Its own vectoriser, whose vocabulary is no hash."""
+    corpus = samples(30)
+    vectors = TfidfVectorizer(token_pattern=r"\S+", lowercase=False)
+    documents = vectors.fit_transform([" ".join(words_of(sample)) for sample in corpus])
+    proxies = vectors.transform([" ".join(words_of(sample)) for sample in TARGET.proxy])
+    for neighbours in (1, 3):
+        expected = np.sort((documents @ proxies.T).toarray(), axis=1)[:, -neighbours:].mean(axis=1)
+        got = affinities("tfidf", model, heads, [corpus[:9], corpus[9:]], neighbours=neighbours)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tfidf", "bm25"])
+def test_in_a_vocabulary_of_two_hashes_words_are_taken_for_each_other(name, model, heads):
+    corpus = samples(30)
+    few, many = (affinities(name, model, heads, [corpus], features=n) for n in (2, 2**18))
+    assert not np.allclose(few, many)
 
 
 def test_bm25_without_a_word_in_common_is_0(model, heads):
