@@ -13,7 +13,7 @@ from p2d_core.comparison.arms import (
     read,
     write,
 )
-from p2d_core.comparison.picture import draw
+from p2d_core.comparison.picture import draw, figure_of
 from p2d_core.comparison.verdict import answers, arm_lines, front
 
 
@@ -157,6 +157,31 @@ def test_the_tables_give_the_runs_again(tmp_path):
     assert again == [*WORLD, failed]
     assert [run.arm.plugins for run in again[-2:]] == [None, plugins]
     assert (metric, higher_is_better) == ("exact_match", True)
+
+
+def test_the_chart_has_a_colour_a_selection_and_joins_its_adaptations():
+    axes = figure_of(arm_lines(WORLD, True), "exact_match", True).axes[0]
+    points = {}
+    for bar in axes.containers:
+        ((x, y),) = bar[0].get_xydata().round(1)
+        points[x, y] = (bar[0].get_color(), bar[0].get_markerfacecolor() == "white")
+        assert len(bar[1]) == 2, "it has an error bar"
+    p2d, full, random_full = points[0.3, 0.9], points[0.4, 0.5], points[0.2, 0.5]
+    assert p2d == (p2d[0], False)
+    assert len({p2d[0], random_full[0], points[0.2, 0.2][0], full[0]}) == 4
+    assert points[0.2, 0.4] == (points[0.2, 0.2][0], True), "one selection, tuned by random heads"
+    joined = [
+        (line.get_color(), [round(float(x), 1) for x in line.get_xdata()])
+        for line in axes.lines
+        if line.get_linestyle() == "--"
+    ]
+    assert (p2d[0], [0.3, 0.4]) in joined
+    across = {
+        round(float(line.get_ydata()[0]), 1) for line in axes.lines if len(line.get_xdata()) == 2
+    }
+    assert {0.0, 0.7} <= across
+    legend = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert {"head-filter, frobenius heads", "head-filter, random heads", "tfidf"} <= legend
 
 
 def test_the_chart_is_drawn_with_failed_arms_and_single_seeds_too(tmp_path):
