@@ -151,8 +151,11 @@ def test_a_row_has_what_a_reader_asks_for(compared):
             assert run.selected == 120
             assert sum(run.labels.values()) == 120
             assert run.aer == pytest.approx(sum(run.seconds.values()) / run.full_seconds)
-            assert run.parameters > 0
             assert run.peak_memory_bytes > 0
+            assert run.metrics["loss"] == pytest.approx(run.quality)
+            assert run.metrics["perplexity"] > 1
+    moved = {run.arm.of.adaptation: run.parameters for run in done if run.arm.scorer != BASE}
+    assert 0 < moved["heads"] < moved["full"]
 
 
 def test_a_learning_rate_of_its_own_reaches_the_adaptation(compared):
