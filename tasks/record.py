@@ -313,14 +313,20 @@ def _told(address: str) -> Iterator[None]:
 
 @contextmanager
 def _scratch(store: Path, run_id: str) -> Iterator[Path]:
-    """A folder in the store, where the next run finds it when this one is killed."""
+    """A folder in the store, where the next run finds it when this one is killed.
+
+    So is, meanwhile, what MLflow puts aside for itself in the folder for temporary files.
+    """
     scratch = store / ".scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"record-{run_id}-", dir=scratch))
+    folder, aside = (tempfile.mkdtemp(prefix=f"record-{run_id}-", dir=scratch) for _ in range(2))
+    tempfile.tempdir = aside
     try:
-        yield folder
+        yield Path(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        tempfile.tempdir = None  # the usual one again
+        for each in (folder, aside):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def _refs_of(summary: Summary) -> dict[str, ArtifactRef]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -47,6 +48,28 @@ def recorded(store: Store, refs: dict[str, ArtifactRef]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def client(store: Store) -> MlflowClient:
     return MlflowClient(tracking_uri=mlflow_uri(store.root))
+
+
+def test_what_mlflow_puts_aside_lies_where_the_next_run_finds_it_after_a_kill(
+    tmp_path, monkeypatch
+):
+    store = Store(tmp_path / "artifacts")
+    prepare_tracking(store.root)
+    usual = Path(tempfile.gettempdir())
+    logged, seen = MlflowClient.log_image, set()
+
+    def log_image(client, run_id, *given, **named):
+        seen.add(Path(tempfile.gettempdir()))
+        assert [folder.parent for folder in seen] == [store.root / ".scratch"]
+        return logged(client, run_id, *given, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_image", log_image)
+    refs = fill(store)
+    done = summary(refs)
+    record_run(done, SETTINGS, store=store.root, refs=refs)
+    assert [folder.name.startswith(f"record-{done.run_id}-") for folder in seen] == [True]
+    assert not list((store.root / ".scratch").glob("record-*"))
+    assert Path(tempfile.gettempdir()) == usual
 
 
 def test_parameters_and_numbers_of_every_arm_are_there(recorded, client):
