@@ -33,6 +33,7 @@ from p2d_core.samples.tokens import EncodedSample
 from p2d_core.store import Store
 from p2d_core.store.manifest import sealed
 from p2d_core.store.query import open_reader
+from p2d_core.store.recipe import hash_file
 from p2d_core.synthetic.world import BASE_FOLDER
 from tasks.samples import read_source
 from tasks.stage import Runtime, SourceInput
@@ -345,7 +346,8 @@ def test_parquet_of_the_store_runs_no_code(tmp_path, mark):
         values = json.loads((ref.path / "manifest.json").read_text())
         for file in ref.path.rglob("*.parquet"):
             pq.write_table(extension(mark, pq.read_table(file)), file)
-            values["files"][str(file.relative_to(ref.path))]["size"] = file.stat().st_size
+            entry = {"size": file.stat().st_size, "sha256": hash_file(file)}
+            values["files"][str(file.relative_to(ref.path))] = entry
         (ref.path / "manifest.json").write_text(sealed(values))
     try:
         read_head_map(refs["heads"].path / "heads.parquet")

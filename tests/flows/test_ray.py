@@ -200,7 +200,7 @@ def test_arms_on_ray_are_those_of_engine_local_and_nothing_stays_of_a_cluster_of
     # how far the workers are is told here
     assert {"Ray workers", "proxy", "model (p2d)"} <= stages
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
-    assert ray_processes() == before
+    assert ray_processes() <= before  # those of others may end meanwhile
     assert not list(Path("/tmp").glob(f"{FOLDER}{os.getpid()}-*"))
 
 
