@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 Preset = Literal["default", "paper", "cheap"]
 
 PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
-    # the defaults of the settings themselves: best in docs/evidence.md
+    # the defaults of the settings themselves: best on the demo's world, see docs/evidence.md
     "default": {},
     # arXiv 2605.21558 and what it builds on: sPAD, attention in context, the best tenth as it is
     "paper": {
@@ -16,8 +16,8 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
         "scoring": {"scorer": "icl-attention", "options": {"bias": "per-token"}},
         "selection": {"match_lengths": False},
     },
-    # the lowest AER within two points of the best quality there is that of the default itself: what
-    # is left to save is what it is held against
+    # of whole jobs there (study synthetic) the default has the lowest AER within two points of the
+    # best quality: what is left to save is what it is held against
     "cheap": {"arms": {"random": False}},
 }
 assert set(PRESETS) == set(get_args(Preset))

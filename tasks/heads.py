@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import pyarrow.parquet as pq
 
-from p2d_core.heads.draws import agreement, mean_of_draws
+from p2d_core.heads.draws import mean_of_draws
+from p2d_core.heads.drift import agreement_of
 from p2d_core.heads.head_map import HEADS, HeadMap, HeadPick, read_head_map
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
@@ -59,8 +60,7 @@ def average_heads(
     maps = [head_map_in(ref) for ref in draws]
     scores = mean_of_draws([each.scores for each in maps])
     _keep(making, pick.of(scores, maps[0].n_kv_groups), ranker)
-    found = agreement([each.scores for each in maps], [[set(each.task_heads) for each in maps]])
-    making.facts |= {"draws": len(maps), "agreement": asdict(found)}
+    making.facts |= {"draws": len(maps), "agreement": asdict(agreement_of(maps))}
 
 
 def _keep(making: Making, head_map: HeadMap, ranker: Plugin) -> None:

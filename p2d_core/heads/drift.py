@@ -55,8 +55,8 @@ def drift(in_use: HeadMap, today: Sequence[HeadMap], *, margin: float) -> Drift:
         today: at least two maps of the same model, each ranked on another proxy set.
         margin: by how much a figure has to lie below the noise floor, in (0, 1).
     """
-    against = [_agree([in_use, one]) for one in today]
-    floor = _agree(today)
+    against = [agreement_of([in_use, one]) for one in today]
+    floor = agreement_of(today)
     return Drift(
         draws=len(today),
         spearman=sum(each.spearman for each in against) / len(against),
@@ -67,5 +67,6 @@ def drift(in_use: HeadMap, today: Sequence[HeadMap], *, margin: float) -> Drift:
     )
 
 
-def _agree(maps: Sequence[HeadMap]) -> Agreement:
+def agreement_of(maps: Sequence[HeadMap]) -> Agreement:
+    """How far the scores and the task heads of at least two maps agree."""
     return agreement([each.scores for each in maps], [[set(each.task_heads) for each in maps]])

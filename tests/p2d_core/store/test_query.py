@@ -63,6 +63,14 @@ def test_artifacts_with_other_columns_are_united_by_name(store: Store):
     assert found == [(2.0, 1.5, None)]
 
 
+def test_a_summary_whose_hash_is_lost_is_left_out(store: Store, caplog: pytest.LogCaptureFixture):
+    (beside,) = (store.root / "runs").glob("*.sha256")
+    beside.unlink()
+    with open_reader(store) as reader:
+        assert "runs" not in reader.columns
+    assert f"has no {beside.name} beside it" in caplog.text
+
+
 def test_runs_can_be_compared(store: Store):
     with open_reader(store) as reader:
         assert rows(reader, "SELECT run_id, quality_p2d, aer_cold FROM runs") == [
