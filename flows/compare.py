@@ -289,9 +289,11 @@ class Seed:
         measured = evaluate(run, self.data, arm.label, model)
         metric = self.settings.evaluation.metric
         facts = {on: ref.manifest.facts["metrics"] for on, ref in measured.items()}
-        table = pq.read_table(
-            measured["target"].path / "samples.parquet", columns=["sample_id", metric]
-        )
+        rows = pq.read_table(measured["target"].path / "samples.parquet").to_pylist()
+        values = {
+            name: {row["sample_id"]: float(row[name]) for row in rows if row[name] is not None}
+            for name in facts["target"]
+        }
         cost = model.manifest.cost if model is not None else {}
         return ArmRun(
             arm,
@@ -299,15 +301,11 @@ class Seed:
             quality=float(facts["target"][metric]),
             retention=float(facts["retention"][metric]) if "retention" in facts else None,
             metrics=dict(facts["target"]),
-            values=dict(
-                zip(
-                    table["sample_id"].to_pylist(), map(float, table[metric].to_pylist()),
-                    strict=True,
-                )
-            ),
+            values=values.pop(metric),
+            also=values,
             parameters=model.manifest.facts["trainable"] if model is not None else None,
             peak_memory_bytes=int(cost["peak_memory_bytes"]) if cost else None,
-        )  # fmt: skip
+        )
 
 
 def _scores_by_heads(scorer: Choice) -> bool:

@@ -15,7 +15,7 @@ from tasks.stage import Runtime, stage
 VERDICT = "verdict.json"
 
 
-@stage("comparison")
+@stage("comparison", version="2")
 def compare_arms(
     making: Making,
     runtime: Runtime,

@@ -74,10 +74,13 @@ class ArmRun:
     """The same metric on the retention samples."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
-    """The metric of each evaluation sample, by sample id."""
+    """The comparison's metric of each evaluation sample, by sample id."""
+    also: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Every other metric -> the same of it."""
     selected: int | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
-    """Chosen samples by label, where the corpus' samples carry one."""
+    """Chosen samples by label, where the corpus' samples carry one; of a label that is wanted, its
+    share of those chosen is the precision, a column of its own."""
     aer: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Cold seconds by term of the AER."""
@@ -101,14 +104,19 @@ def write(runs: Sequence[ArmRun], metric: str, higher_is_better: bool, folder: P
     rows, samples = [], []
     for run in runs:
         plain = {f.name: getattr(run, f.name) for f in fields(run)}
-        values = plain.pop("values")
+        of_samples = {metric: plain.pop("values"), **plain.pop("also")}
+        plain["precision"] = {name: n / (run.selected or 1) for name, n in run.labels.items()}
         plain |= asdict(plain.pop("arm"))
-        plain |= {name: _text(plain[name]) for name in _JSON}
+        plain |= {name: _text(plain[name]) for name in (*_JSON, "precision")}
         rows.append({"label": run.arm.label} | plain)
         samples += [
-            {"label": run.arm.label, "seed": run.seed, "sample_id": sample_id, "value": value}
+            {
+                "label": run.arm.label, "seed": run.seed, "metric": name, "sample_id": sample_id,
+                "value": value,
+            }
+            for name, values in of_samples.items()
             for sample_id, value in values.items()
-        ]
+        ]  # fmt: skip
     header = {"metric": metric, "higher_is_better": json.dumps(higher_is_better)}
     table = pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata(header)
     pq.write_table(table, folder / COMPARISON, compression="zstd")
@@ -120,21 +128,26 @@ def write(runs: Sequence[ArmRun], metric: str, higher_is_better: bool, folder: P
 def read(folder: Path) -> tuple[list[ArmRun], str, bool]:
     """The inverse of `write`: runs, metric, and whether higher is better."""
     table = pq.read_table(folder / COMPARISON)
-    values: dict[tuple[str, int], dict[str, float]] = {}
+    header = table.schema.metadata
+    metric = header[b"metric"].decode()
+    of_samples: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for row in pq.read_table(folder / SAMPLES).to_pylist():
-        values.setdefault((row["label"], row["seed"]), {})[row["sample_id"]] = row["value"]
+        # tables of earlier versions have the comparison's metric alone
+        of_run = of_samples.setdefault((row["label"], row["seed"]), {})
+        of_run.setdefault(row.get("metric", metric), {})[row["sample_id"]] = row["value"]
     runs = []
     for row in table.to_pylist():
         label = row.pop("label")
         # tables of earlier versions have no plugins
         row |= {name: json.loads(row.get(name) or "null") for name in _JSON}
+        row.pop("precision", None)  # follows from the labels
         plugins = row.pop("plugins")
         named = {f.name: row.pop(f.name) for f in fields(Arm) if f.name != "plugins"}
         arm = Arm(**named, plugins=Plugins(**plugins) if plugins else None)
         run = ArmRun(arm, **row)
-        runs.append(replace(run, values=values.get((label, run.seed), {})))
-    header = table.schema.metadata
-    return runs, header[b"metric"].decode(), bool(json.loads(header[b"higher_is_better"]))
+        also = of_samples.get((label, run.seed), {})
+        runs.append(replace(run, values=also.pop(metric, {}), also=also))
+    return runs, metric, bool(json.loads(header[b"higher_is_better"]))
 
 
 def _text(value: Any) -> str:
@@ -155,6 +168,7 @@ _SCHEMA = pa.schema(
         ("metrics", pa.string()),
         ("selected", pa.int64()),
         ("labels", pa.string()),
+        ("precision", pa.string()),
         ("aer", pa.float64()),
         ("seconds", pa.string()),
         ("full_seconds", pa.float64()),
@@ -168,6 +182,7 @@ _SAMPLES = pa.schema(
     [
         ("label", pa.string()),
         ("seed", pa.int64()),
+        ("metric", pa.string()),
         ("sample_id", pa.string()),
         ("value", pa.float64()),
     ]

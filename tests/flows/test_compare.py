@@ -6,12 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow import MlflowClient
+from prefect import get_client
+from prefect.client.schemas.filters import FlowFilter, TaskRunFilter
 
 from flows.cli.compare import show
-from flows.compare import grid_of, run_compare
+from flows.compare import attempt, grid_of, run_compare
 from flows.inputs import check_inputs
 from flows.settings import RunSettings, load_settings, parse_settings
-from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, read
+from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, read
 from p2d_core.comparison.picture import PICTURE
 from p2d_core.errors import InputError, SettingsError
 from p2d_core.heads.head_map import HEADS, read_head_map
@@ -59,6 +61,36 @@ def test_a_ranker_may_have_a_share_of_the_heads_of_its_own(compared):
     arms = grid_of(settings.model_copy(update={"compare": compare})).arms
     shares = {arm.ranker: its.heads.fraction for arm, its in arms.items() if arm.ranker != NONE}
     assert shares == {"frobenius": settings.heads.fraction, "wide": 0.5}
+
+
+def test_every_share_of_the_corpus_is_an_arm(compared):
+    _, file, _ = compared
+    settings = load_settings(file)
+    compare = settings.compare.model_validate(GRID | {"fractions": [0.05, 0.2]})
+    arms = grid_of(settings.model_copy(update={"compare": compare})).arms
+    assert {(arm.fraction, its.selection.fraction) for arm, its in arms.items()} == {
+        (0.05, 0.05), (0.2, 0.2),
+    }  # fmt: skip
+    assert len(arms) == 2 * len(grid_of(settings).arms)
+
+
+def test_every_arm_and_seed_is_a_task_of_prefect(compared):
+    _, _, made = compared
+    with get_client(sync_client=True) as client:
+        tasks = client.read_task_runs(
+            flow_filter=FlowFilter.model_validate({"name": {"any_": ["compare"]}}),
+            task_run_filter=TaskRunFilter.model_validate({"name": {"like_": ", seed "}}),
+        )
+    runs, _, _ = read(made.path)
+    assert {task.name for task in tasks} >= {f"{run.arm.label}, seed {run.seed}" for run in runs}
+
+
+def test_what_nobody_foresaw_fails_its_arm_alone():
+    def broken() -> ArmRun:
+        raise ZeroDivisionError("division by zero")
+
+    arm = Arm("random", "random", "heads", 0.1)
+    assert attempt(arm, 3, broken) == ArmRun(arm, 3, error="ZeroDivisionError: division by zero")
 
 
 @pytest.mark.parametrize(
@@ -180,10 +212,12 @@ def test_sql_reads_the_rows(compared):
         rows = ask.run(
             "SELECT label, avg(quality) AS quality FROM comparison WHERE error IS NULL GROUP BY ALL"
         ).read_all()
-        (per_sample,) = ask.run("SELECT count(*) AS n FROM comparison_samples").read_all()["n"]
+        of_samples = ask.run("SELECT metric, count(*) AS n FROM comparison_samples GROUP BY metric")
+        per_metric = {row["metric"]: row["n"] for row in of_samples.read_all().to_pylist()}
     runs, _, _ = read(made.path)
-    assert set(rows["label"].to_pylist()) == {run.arm.label for run in runs if not run.failed}
-    assert per_sample.as_py() == sum(len(run.values) for run in runs)
+    done = [run for run in runs if not run.failed]
+    assert set(rows["label"].to_pylist()) == {run.arm.label for run in done}
+    assert per_metric == {"loss": 12 * len(done), "perplexity": 12 * len(done)}
 
 
 def test_the_screen_shows_arms_verdict_and_picture(compared, capsys):

@@ -1,10 +1,15 @@
 """What a comparison says of arms whose answer is known."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from p2d_core.comparison.arms import (
     BASE,
+    COMPARISON,
     EVERYTHING,
     NONE,
     Arm,
@@ -152,10 +157,18 @@ def test_a_failed_arm_is_last_and_counted():
 def test_the_tables_give_the_runs_again(tmp_path):
     plugins = Plugins("loss", NONE, "full", scores_by_heads=False)
     failed = ArmRun(Arm("loss", NONE, "full", 0.1, plugins), 0, error="out of luck")
-    write([*WORLD, failed], "exact_match", True, tmp_path)
+    of_two_metrics = replace(
+        WORLD[0], seed=9, also={"rouge_l": {"s0": 0.5, "s1": 0.25}}, selected=4,
+        labels={"clean": 3, "wrong": 1},
+    )  # fmt: skip
+    write([*WORLD, of_two_metrics, failed], "exact_match", True, tmp_path)
     again, metric, higher_is_better = read(tmp_path)
-    assert again == [*WORLD, failed]
+    assert again == [*WORLD, of_two_metrics, failed]
     assert [run.arm.plugins for run in again[-2:]] == [None, plugins]
+    (precision,) = pq.read_table(
+        tmp_path / COMPARISON, filters=[("seed", "=", 9)], columns=["precision"]
+    )["precision"].to_pylist()
+    assert json.loads(precision) == {"clean": 0.75, "wrong": 0.25}
     assert (metric, higher_is_better) == ("exact_match", True)
 
 
