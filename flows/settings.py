@@ -256,7 +256,7 @@ class RunSettings(Section):
     name: str = "adapt"
     """What the run is called."""
     preset: Preset = "default"
-    """What is left out is what was best (default), what the papers have (paper), or cheap."""
+    """What is left out is what was best on the demo's world (default), the papers', or cheap."""
     base: Annotated[str, Field(min_length=1)]
     """Folder of a model with safetensors, relative to this settings file; or hf://OWNER/NAME@COMMIT."""
     target: SourceSettings

@@ -55,8 +55,8 @@ def config(
     preset: Annotated[
         Preset,
         typer.Option(
-            help="Values that were best (default), those of the papers (paper), or without what a "
-            "run is held against (cheap); the reasons are in docs/evidence.md."
+            help="Values that were best on the demo's world (default), those of the papers (paper), "
+            "or without what a run is held against (cheap); the reasons are in docs/evidence.md."
         ),
     ] = "default",
 ) -> None:

@@ -133,9 +133,12 @@ def _sample(one: Explained, console: Console) -> None:
     _title(console, "Affinity and its parts")
     _indented(console, _parts(one))
     place = one.in_source
+    gated = any(step.threshold is not None for step in one.steps)
+    order = " What passed more gates comes first." if gated else ""
     _say(
         console,
-        f"Within {sample.source} its affinity is {_rank(place)}, higher than {place.lower:.1%}.",
+        f"Within {sample.source} its affinity is {_rank(place)}, higher than {place.lower:.1%}."
+        + order,
     )
     for look in one.looks:
         _look(look, console)

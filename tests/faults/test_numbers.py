@@ -267,12 +267,6 @@ def test_every_scorer_has_a_number_for_a_corpus_of_one(name, model, heads, tmp_p
     assert math.isfinite(got)
 
 
-@pytest.mark.parametrize("name", ["tfidf", "length", "random"])
-def test_baselines_have_a_number_for_a_corpus_of_one(name, model, heads, tmp_path):
-    (got,) = affinities(scorers.make(name, {}), model, heads, samples(1), tmp_path)
-    assert math.isfinite(got)
-
-
 def test_words_that_no_proxy_has_and_no_words_at_all_have_affinity_0(model, heads, tmp_path):
     """`w38` is in no proxy sample; `. .` has no words, and its vector no length."""
     tiny_bpe().save_pretrained(model.folder)

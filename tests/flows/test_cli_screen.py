@@ -11,6 +11,7 @@ from flows.cli.progress import StageProgress, duration, pace
 from flows.cli.screen import show_summary
 from p2d_core.store import Store
 from tasks.planned import Plan, PlannedStage
+from tasks.summary import AgreementSummary
 from tasks.verdict import gain
 from tests.small_store import fill, summary
 
@@ -62,6 +63,16 @@ def test_what_was_planned_stands_beside_what_was_computed(refs):
     assert "model 0.1 computed 4.0 0.2" in text
     assert "Planned: 0.5 s for what was computed, it took 0.2 s (40%)." in text
     assert "lanned" not in screen(summary(refs))
+
+
+def test_how_far_draws_of_the_proxy_set_agree_stands_beside_their_heads(refs):
+    done = summary(refs)
+    assert "draws of the proxy set" not in screen(done)
+    done.heads.agreement = AgreementSummary(
+        draws=3, spearman=0.81, spearman_by_luck=0.17, jaccard=0.5, jaccard_by_chance=0.06
+    )
+    told = "Over 3 draws of the proxy set: rank correlation 0.81 (above 0.17 is rare by chance), "
+    assert told + "task heads in common 0.50 (Jaccard; 0.06 by chance)." in flat(screen(done))
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

@@ -186,6 +186,7 @@ def test_the_screen_teaches_why(job, p2d):
     assert stopped["sample_id"] in out
     assert "Not chosen\n  Stopped at domain, gate 1 of 2." in out
     assert "not reached" in out
+    assert "What passed more gates comes first." in out
 
 
 def test_the_parts_of_a_sum_with_their_weights_add_up(job, as_json, p2d):
