@@ -55,7 +55,7 @@ def config(
     preset: Annotated[
         Preset,
         typer.Option(
-            help="Values that were best on the demo's world (default), those of the papers (paper), "
+            help="Values that were best in the demo (default), those of the papers (paper), "
             "or without what a run is held against (cheap); the reasons are in docs/evidence.md."
         ),
     ] = "default",
