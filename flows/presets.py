@@ -31,7 +31,8 @@ def with_preset(values: Any) -> Any:
     """
     if not isinstance(values, Mapping):
         return values
-    preset = PRESETS.get(values.get("preset", "default"))
+    name = values.get("preset", "default")
+    preset = PRESETS.get(name) if isinstance(name, str) else None  # what is no preset, pydantic says
     if not preset:
         return values
     filled = dict(values)

@@ -181,6 +181,12 @@ def test_every_preset_is_one_that_a_run_takes(world, preset):
     check_inputs(parse_settings(values, world / "run.yaml"))
 
 
+@pytest.mark.parametrize("preset", ["papre", ["paper"], {"paper": 1}, 3])
+def test_what_is_no_preset_is_named_with_those_that_are(preset):
+    with pytest.raises(SettingsError, match=r"`preset` .*'default', 'paper' or 'cheap'"):
+        parse_settings({"base": "b", "target": {"path": "t"}, "preset": preset}, Path("my.yaml"))
+
+
 def test_settings_that_were_written_out_whole_read_back_the_same():
     given = {"base": "b", "target": {"path": "t"}, "preset": "paper"}
     settings = RunSettings.model_validate(given)
