@@ -143,11 +143,13 @@ def spad(
 def scratch_for(heads: Tensor) -> Tensor:
     """Memory for two distributions of ``[heads, rows, cols]``: float64, ``[2, at once, entries]``.
 
-    Of one head at a time on a CPU, where they stay in its cache.
+    On a CPU of a head for each thread: they stay in its cores' caches, and no thread waits while
+    another goes through a running sum.
     """
     # float64: the probabilities are near 1 / entries, and what a proxy run changes of them rounds
     # away in float32
-    at_once = 1 if heads.device.type == "cpu" else len(heads)
+    at_once = torch.get_num_threads() if heads.device.type == "cpu" else len(heads)
+    at_once = min(at_once, len(heads))
     return heads.new_empty((2, at_once, heads[0].numel()), dtype=torch.float64)
 
 
