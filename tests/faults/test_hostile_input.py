@@ -40,7 +40,7 @@ WORDS = [
 CURES = re.compile(
     r"\b(give|save|mend|remove|set|use|writes?|name|rank|known|put|lower|cut|copy|flatten|fill|rename"
     r"|unpack|loosen|check|means|leave|lists|has to|turned into|raise|convert|near|holds|merge"
-    r"|download|extra inputs|should be|exist either)\b",
+    r"|download|move|extra inputs|should be|exist either)\b",
     re.IGNORECASE,
 )
 MOST_CHARACTERS = 3000
@@ -53,7 +53,7 @@ class Started(BaseException):
 
 
 def refused(job: Job, monkeypatch: Any, capfd: Any) -> str:
-    """The message of `p2d adapt`, called as the command calls it; asserts its form."""
+    """The message of the job's command, called as it calls itself; asserts its form."""
 
     def start() -> None:
         raise Started
@@ -61,7 +61,7 @@ def refused(job: Job, monkeypatch: Any, capfd: Any) -> str:
     monkeypatch.setattr(flows.launch, "wait_for_server", start)
     file = job.save()
     before = everything_in(job.folder)
-    words = ["p2d", "adapt", str(file), "--store", str(job.store), *job.words]
+    words = ["p2d", job.command, str(file), "--store", str(job.store), *job.words]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.chdir(job.folder)
     capfd.readouterr()
@@ -96,6 +96,17 @@ def test_there_are_a_thousand_of_them():
 def test_a_bad_input_is_refused(bad: Bad, tmp_path, monkeypatch, capfd):
     job = Job(tmp_path)
     bad.breaks(job, random.Random(bad.name))
+    assert bad.named in refused(job, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+@pytest.mark.parametrize("bad", trials(CORPUS[::10], quick=5), ids=str)
+def test_a_plan_and_a_comparison_refuse_it_too(bad, command, tmp_path, monkeypatch, capfd):
+    job = Job(tmp_path)
+    bad.breaks(job, random.Random(bad.name))
+    if job.command != "adapt" or (job.words and command == "compare"):
+        pytest.skip("of one command alone")
+    job.command = command
     assert bad.named in refused(job, monkeypatch, capfd)
 
 

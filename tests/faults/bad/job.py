@@ -29,6 +29,7 @@ class Job:
     base: Path = BASE_FOLDER
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    command: str = "adapt"
     words: list[str] = field(default_factory=list)
     """Of the command, behind the settings file."""
     text: bytes | None = None
