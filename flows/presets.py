@@ -32,9 +32,7 @@ def with_preset(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     name = values.get("preset", "default")
-    preset = (
-        PRESETS.get(name) if isinstance(name, str) else None
-    )  # what is no preset, pydantic says
+    preset = PRESETS.get(name) if isinstance(name, str) else None  # pydantic refuses others
     if not preset:
         return values
     filled = dict(values)
