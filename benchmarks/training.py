@@ -24,10 +24,17 @@ from p2d_core.samples.tokens import collate
 Heads = Sequence[tuple[int, int]]
 Moving = tuple[list[nn.Parameter], bool]
 """What moves, and whether it is the network's own weights."""
+LossOf = Callable[[Any, dict[str, Tensor]], Tensor]
+
+
+def loss_as_it_is(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """As transformers makes it: logits at every position."""
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
 
 
 def measure(size: Size) -> Iterator[Figure]:
-    """`masked_vs_full_step`, its upper half, `masked_vs_lora_step`, `masked_vs_full_memory`."""
+    """`masked_vs_full_step`, its upper half, both of LoRA, and `masked_vs_full_memory`."""
     for shape in size.trained_shapes:
         try:
             yield from _Bench(size, shape).figures()
@@ -59,26 +66,31 @@ class _Bench:
         }
         arms["lora"] = lora(self.network, arms["masked"].n_moving)
         steps = {name: self.step(arm) for name, arm in arms.items()}
+        steps["lora as it is"] = self.step(arms["lora"], loss_as_it_is)
         seconds = dict(zip(steps, alternate(*steps.values()), strict=True))
         kept = {name: self.kept_bytes(arms[name]) for name in ("full", "masked", "upper")}
         rows, longest = self.batch["input_ids"].shape
         where = f"{rows} samples, {self.tokens:,} tokens, padded to {longest}"
         worst = f"task heads in every layer, {arms['masked'].n_moving:,} parameters move"
+        of_lora = f"{arms['lora'].n_moving:,} parameters of LoRA on q, k, v move"
+        others = {
+            "full": "step of all parameters",
+            "lora": "step of PEFT LoRA on q, k, v, with the loss of P2D",
+            "lora as it is": "step of PEFT LoRA on q, k, v, with the loss of transformers",
+        }
         for name, arm, other, goal, what, floor, note in (
             ("masked_vs_full_step", "masked", "full", 0.67, worst, self.floor(0), where),
             (
                 "masked_upper_half_vs_full_step", "upper", "full", 0.6,
                 f"lowest task head in layer {n_layers // 2}", self.floor(n_layers // 2), where,
             ),
-            (
-                "masked_vs_lora_step", "masked", "lora", 0.95, worst, None,
-                f"{arms['lora'].n_moving:,} parameters of LoRA on q, k, v move",
-            ),
+            ("masked_vs_lora_step", "masked", "lora", 0.95, worst, None, of_lora),
+            ("masked_vs_stock_lora_step", "masked", "lora as it is", 0.95, worst, None, of_lora),
         ):  # fmt: skip
             yield figure(
                 name,
                 f"step of head deltas ({what})",
-                {"full": "step of all parameters", "lora": "step of PEFT LoRA on q, k, v"}[other],
+                others[other],
                 (seconds[arm], seconds[other]),
                 goal=goal,
                 model=self.shape.name,
@@ -104,13 +116,13 @@ class _Bench:
             ),
         )
 
-    def step(self, arm: Arm) -> Callable[[], None]:
+    def step(self, arm: Arm, loss_of: LossOf = batch_loss) -> Callable[[], None]:
         """Forward, backward, clipping, AdamW."""
 
         def run() -> None:
             arm.ready()
             arm.model.train()
-            batch_loss(arm.model, self.batch).backward()
+            loss_of(arm.model, self.batch).backward()
             torch.nn.utils.clip_grad_norm_(arm.parameters, 1.0)
             arm.optimizer.step()
             arm.optimizer.zero_grad(set_to_none=True)
