@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from p2d_core.response_loss import token_losses
@@ -23,14 +22,3 @@ def summed_loss(model: Any, batch: Sequence[EncodedSample], pad_id: int) -> tupl
     rows = {name: tensor.to(device) for name, tensor in collate(batch, pad_id).items()}
     losses, wanted = token_losses(model, rows)
     return losses.sum(), int(wanted.sum())
-
-
-@torch.inference_mode()
-def mean_loss(model: Any, samples: Sequence[EncodedSample], pad_id: int, batch_size: int) -> float:
-    """The loss over all response tokens of all samples, nats a token."""
-    total, n_tokens = 0.0, 0
-    for batch in batches(samples, batch_size):
-        loss, n = summed_loss(model, batch, pad_id)
-        total += float(loss)
-        n_tokens += n
-    return total / n_tokens
