@@ -36,6 +36,8 @@ from p2d_core.samples.tokens import batches_by_tokens, collate
 
 DEPTH = 0.5
 IN_DOMAIN = 0.25
+CHAIN_PROXIES = 100
+"""As many as a run has by default: fewer make the gate of the domain too narrow."""
 GROWTH_SHAPE = Shape("tiny-llama", 32, 1, 2, 1, 16, 32, 8_004)
 PROXY_STEPS, PROXY_ROWS = 3, 8
 SHORTER = 12.0
@@ -127,12 +129,13 @@ class _Bench:
         corpus = samples(self.size.chain_scored, seed=3, in_domain=IN_DOMAIN)
         forward = self.forward_of(corpus)
         chain = HeadFilter(depth=DEPTH)
+        target = Target(samples(CHAIN_PROXIES, seed=1), samples(CHAIN_PROXIES // 2, seed=2))
         model = replace(self.model, tuned=self.tuned)
         model.__dict__.update(
             {k: v for k, v in self.model.__dict__.items() if k in ("model", "layers", "tokenizer")}
         )
         with tempfile.TemporaryDirectory() as folder:
-            run = ChainRun(chain, model, self.heads, Target(self.proxies, self.held_out))
+            run = ChainRun(chain, model, self.heads, target)
             seconds = alternate(lambda: run(corpus, Path(folder)), forward)
         share = run.passed[0] / len(corpus)
         encoded = self.model.encode(corpus)
@@ -258,7 +261,21 @@ def growth(size: Size) -> Iterator[Figure]:
             corpora.append(_Corpus(Path(folder) / str(n), n))
             write_shards(_generated(n), corpora[-1].folder)
         run = GrowthRun()
-        seconds = alternate(*(lambda c=corpus: run(c) for corpus in corpora))
+        # a small corpus again and again, so that none is measured in a fraction of a second
+        times = [max(1, size.growth[1] // corpus.n) for corpus in corpora]
+        seconds = [
+            [total / n for total in totals]
+            for n, totals in zip(
+                times,
+                alternate(
+                    *(
+                        lambda c=corpus, n=n: [run(c) for _ in range(n)]
+                        for corpus, n in zip(corpora, times, strict=True)
+                    )
+                ),
+                strict=True,
+            )
+        ]
         memory = [_peak_megabytes(corpus) for corpus in corpora]
     a_sample = [[s / c.n for s in times] for times, c in zip(seconds, corpora, strict=True)]
     middle = [median(times) for times in a_sample]

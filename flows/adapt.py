@@ -14,6 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.engine import engine_of
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.killed import untagged
 from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.planned import kept_plan
@@ -98,7 +99,8 @@ def adapt(settings: RunSettings, store: str | None = None, head_map: str | None 
             one that refresh-head-map keeps (and puts the first one to use).
     """
     if (begun := _begun.get()) is not None:
-        return adapt_to(settings, *begun, store_folder(store), head_map)
+        with untagged(begun[0]):
+            return adapt_to(settings, *begun, store_folder(store), head_map)
     folder = store_folder(store)
     settings = pinned(anchored(settings, Path.cwd()))
     inputs = check_inputs(settings, ranked_bases(Store(folder)))

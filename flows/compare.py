@@ -20,6 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.engine import all_at_once, engine_of
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.killed import untagged
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
@@ -145,7 +146,8 @@ def compare(settings: RunSettings, store: str | None = None) -> ArtifactRef:
     """
     folder = store_folder(store)
     if (begun := _begun.get()) is not None:
-        return run_arms(settings, *begun, folder)
+        with untagged(begun[0]):
+            return run_arms(settings, *begun, folder)
     settings = pinned(anchored(settings, Path.cwd()))
     checked = checked_arms(grid_of(settings), ranked_bases(Store(folder)))
     engine = engine_of(settings, next(iter(checked.values())).base)

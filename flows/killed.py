@@ -47,6 +47,19 @@ def noted(store: Path, run_id: str) -> Iterator[None]:
         note.unlink(missing_ok=True)
 
 
+@contextmanager
+def untagged(run_id: str) -> Iterator[None]:
+    """Within a flow: its tasks do without the run's tag, which `noted` is for the flow run.
+
+    Prefect asks its server of every tag whether tasks that have it are limited, and where another
+    write to its SQLite is on the way that question fails: two seconds until it is asked again.
+    """
+    from prefect.context import TagsContext
+
+    with TagsContext(current_tags=TagsContext.get().current_tags - {run_id}):
+        yield
+
+
 def clear_killed(store: Path) -> None:
     """Tells Prefect of every run that was killed, and removes what it had not yet put in place."""
     from prefect import get_client

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flows.environment import wait_for_server
-from flows.killed import clear_killed, end_orphans, noted
+from flows.killed import clear_killed, end_orphans, noted, untagged
 from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
 from p2d_core.errors import ArtifactError, P2DError
@@ -69,7 +69,7 @@ def on_worker(store: Path) -> Iterator[str]:
         )
     clear_killed(store)
     run_id = new_run_id()
-    with told_to_prefect(), noted(store, run_id):
+    with told_to_prefect(), noted(store, run_id), untagged(run_id):
         yield run_id
 
 

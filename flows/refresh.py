@@ -16,6 +16,7 @@ from pydantic import Field
 from flows.engine import engine_of
 from flows.hub import base_name, pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.killed import untagged
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.settings import RunSettings, anchored
@@ -110,8 +111,9 @@ def refresh_head_map(
     """
     folder = store_folder(store)
     if (begun := _begun.get()) is not None:
-        done = look(settings, *begun, folder, margin, draws)
-        return told(settings, begun[1], folder, done)
+        with untagged(begun[0]):
+            done = look(settings, *begun, folder, margin, draws)
+            return told(settings, begun[1], folder, done)
     settings = pinned(anchored(settings, Path.cwd()))
     inputs = checked(settings, folder)
     with engine_of(settings, inputs.base), on_worker(folder) as run_id:

@@ -81,6 +81,11 @@ def test_every_arm_and_seed_is_a_task_of_prefect(compared):
             flow_filter=FlowFilter.model_validate({"name": {"any_": ["compare"]}}),
             task_run_filter=TaskRunFilter.model_validate({"name": {"like_": ", seed "}}),
         )
+        flow_runs = client.read_flow_runs(
+            flow_filter=FlowFilter.model_validate({"name": {"any_": ["compare"]}})
+        )
+    assert all(len(flow_run.tags) == 1 for flow_run in flow_runs), "the run's id"
+    assert not any(task.tags for task in tasks), "each would be asked for at the server"
     runs, _, _ = read(made.path)
     assert {task.name for task in tasks} >= {f"{run.arm.label}, seed {run.seed}" for run in runs}
 
