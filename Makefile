@@ -20,8 +20,8 @@ types: $(INSTALLED)
 imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
-pytest: $(INSTALLED)  ## three at once, as many of them wait for servers
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+pytest: $(INSTALLED)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
