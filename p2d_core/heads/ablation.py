@@ -21,7 +21,7 @@ class Ablation:
     Silenced is: its output is zero before the output projection. The loss is that of the model
     with the proxy run's slices.
 
-    Costs, for each head, a forward pass over all samples from the head's layer on: the layers below
+    Costs a forward pass over all samples for each head, from the head's layer on: the layers below
     run once for all heads. Several heads' silenced copies in one pass take as long together, so
     each has its own.
 
