@@ -291,9 +291,12 @@ class Seed:
         measured = evaluate(run, self.data, arm.label, model)
         metric = self.settings.evaluation.metric
         facts = {on: ref.manifest.facts["metrics"] for on, ref in measured.items()}
-        rows = pq.read_table(measured["target"].path / "samples.parquet").to_pylist()
+        table = pq.read_table(
+            measured["target"].path / "samples.parquet", columns=["sample_id", *facts["target"]]
+        )
+        ids = table["sample_id"].to_pylist()
         values = {
-            name: {row["sample_id"]: float(row[name]) for row in rows if row[name] is not None}
+            name: dict(zip(ids, map(float, table[name].to_pylist()), strict=True))
             for name in facts["target"]
         }
         cost = model.manifest.cost if model is not None else {}

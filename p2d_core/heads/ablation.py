@@ -22,8 +22,8 @@ class Ablation:
     with the proxy run's slices.
 
     Costs a forward pass over all samples for each head, from the head's layer on: the layers below
-    run once for all heads. Several heads' silenced copies in one pass take as long together, so
-    each has its own.
+    run once for all heads, and what they gave on a batch is held meanwhile. Several heads' silenced
+    copies in one pass take as long together, so each has its own.
 
     Source: Michel et al. 2019, arXiv 1905.10650 (one head at a time), here on the tuned model.
     """
@@ -50,7 +50,8 @@ class Ablation:
                     for done, (layer, head) in enumerate(heads, start=1):
                         below = replayed(model, layers, outputs[:layer])
                         with below, silenced(model, layers, [(layer, head)]):
-                            without[layer, head] += summed_loss(model, batch, evidence.pad_id)[0]
+                            loss, _ = summed_loss(model, batch, evidence.pad_id)
+                        without[layer, head] += float(loss)  # it may stand on another device
                         evidence.progress(n_before * len(heads) + done, len(parts) * len(heads))
         finally:
             model.train(was_training)
