@@ -27,18 +27,16 @@ SECONDS_TO_END = 5.0
 
 @contextmanager
 def noted(store: Path, run_id: str) -> Iterator[None]:
-    """Notes that this process is at a run, under a lock that dies with it; Prefect gets it as tag.
+    """Notes that this process is at a run, under a lock that dies with it.
 
     A run that ends by itself takes its note away; of one that was killed or stopped it stays, and
     `clear_killed` of the next run finds it without its lock.
     """
-    from prefect import tags
-
     note = _notes(store) / run_id
     with _alone(store):
         stream = note.open("w", encoding="utf-8")
         fcntl.flock(stream, fcntl.LOCK_EX)
-    with stream, tags(run_id):
+    with stream:
         try:
             yield
         except Exception:
@@ -49,7 +47,7 @@ def noted(store: Path, run_id: str) -> Iterator[None]:
 
 @contextmanager
 def untagged(run_id: str) -> Iterator[None]:
-    """Within a flow: its tasks do without the run's tag, which `noted` is for the flow run.
+    """Within a flow: its tasks do without the run's tag; `clear_killed` finds the flow run by it.
 
     Prefect asks its server of every tag whether tasks that have it are limited, and where another
     write to its SQLite is on the way that question fails: two seconds until it is asked again.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flows.environment import wait_for_server
-from flows.killed import clear_killed, end_orphans, noted, untagged
+from flows.killed import clear_killed, end_orphans, noted
 from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
 from p2d_core.errors import ArtifactError, P2DError
@@ -36,12 +36,14 @@ def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
     Raises:
         ServiceError: Prefect's server went away before the work was done.
     """
+    from prefect import tags
+
     end_orphans(store)
     wait_for_server()
     clear_killed(store)
     run_id = new_run_id()
     try:
-        with noted(store, run_id):
+        with noted(store, run_id), tags(run_id):
             return run(run_id)
     except Exception as error:
         away = service_error(error)
@@ -69,7 +71,7 @@ def on_worker(store: Path) -> Iterator[str]:
         )
     clear_killed(store)
     run_id = new_run_id()
-    with told_to_prefect(), noted(store, run_id), untagged(run_id):
+    with told_to_prefect(), noted(store, run_id):
         yield run_id
 
 
