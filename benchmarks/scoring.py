@@ -285,21 +285,17 @@ def growth(size: Size) -> Iterator[Figure]:
         run = GrowthRun()
         # a small corpus again and again, so that none is measured in a fraction of a second
         times = [max(1, size.growth[1] // corpus.n) for corpus in corpora]
-        seconds = [
-            [total / n for total in totals]
-            for n, totals in zip(
-                times,
-                alternate(
-                    *(
-                        lambda c=corpus, n=n: [run(c) for _ in range(n)]
-                        for corpus, n in zip(corpora, times, strict=True)
-                    )
-                ),
-                strict=True,
+        seconds = alternate(
+            *(
+                lambda c=corpus, n=n: [run(c) for _ in range(n)]
+                for corpus, n in zip(corpora, times, strict=True)
             )
-        ]
+        )
         memory = [_peak_megabytes(corpus) for corpus in corpora]
-    a_sample = [[s / c.n for s in times] for times, c in zip(seconds, corpora, strict=True)]
+    a_sample = [
+        [s / (n * c.n) for s in of_corpus]
+        for of_corpus, n, c in zip(seconds, times, corpora, strict=True)
+    ]
     middle = [median(times) for times in a_sample]
     slowest, fastest = middle.index(max(middle)), middle.index(min(middle))
     yield figure(
