@@ -58,6 +58,8 @@ class Size:
     train_rows: int
     """Samples in a training step."""
     chain_scored: int
+    ranked_layers: int = 24
+    """That scipy ranks beside ours: of wide heads it takes a tenth of a second each."""
     growth: tuple[int, ...] = (1_000, 10_000, 100_000)
     subset_rows: int = 10_000_000
 
@@ -89,9 +91,10 @@ SIZES = {
         shapes=(LLAMA_1B, QWEN_7B),
         trained_shapes=(LLAMA_1B, QWEN_7B),
         ranking_shapes=(QWEN_HALF_B, QWEN_7B),
-        scored=2048,
+        scored=512,
         tokens_per_batch=32_768,
         train_rows=16,
-        chain_scored=2048,
+        chain_scored=512,
+        ranked_layers=2,
     ),
 }

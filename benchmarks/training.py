@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,11 +37,22 @@ def loss_as_it_is(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def measure(size: Size) -> Iterator[Figure]:
     """`masked_vs_full_step`, its upper half, both of LoRA, and `masked_vs_full_memory`."""
     for shape in size.trained_shapes:
-        try:
-            yield from _Bench(size, shape).figures()
-        except torch.OutOfMemoryError:
-            # full fine-tuning of a large model does not fit on every GPU: there is no figure then
-            print(f"{shape.name}: a full fine-tuning step does not fit into memory; left out")
+        rows = size.train_rows
+        while rows and (made := _fitting(replace(size, train_rows=rows), shape)) is None:
+            print(f"{shape.name}: a full fine-tuning step of {rows} samples does not fit")
+            # outside of `except`: there the error would still hold the tensors of what failed
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows //= 2
+        yield from made if rows and made else ()
+
+
+def _fitting(size: Size, shape: Shape) -> list[Figure] | None:
+    """None where memory runs out."""
+    try:
+        return list(_Bench(size, shape).figures())
+    except torch.OutOfMemoryError:
+        return None
 
 
 class _Bench:
@@ -176,7 +188,11 @@ class Arm:
         self.model, self.weights = model, weights
         self.parameters, self.moves_weights = moving
         self.n_moving = sum(p.numel() for p in self.parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=1e-5, weight_decay=0.0,
+            # as the Trainer has it on a GPU
+            fused=self.parameters[0].is_cuda,
+        )  # fmt: skip
 
     def ready(self) -> None:
         """The weights are shared: another arm may have left them the other way."""

@@ -72,7 +72,7 @@ def read_set_aside(folder: Path) -> dict[str, list[Sample]]:
     }
 
 
-def train_tokenizer(samples: list[Sample]) -> PreTrainedTokenizerFast:
+def train_tokenizer(samples: list[Sample], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -83,7 +83,7 @@ def train_tokenizer(samples: list[Sample]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -201,8 +201,10 @@ def response_loss(model: LlamaForCausalLM, encoded: list[EncodedSample], pad_id:
     """Mean loss over all response tokens, in nats a token."""
     model.eval()
     total, n_tokens = 0.0, 0
+    device = next(model.parameters()).device
     for indices in batches_by_tokens(encoded):
         batch = collate([encoded[index] for index in indices], pad_id)
+        batch = {name: each.to(device) for name, each in batch.items()}
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         labels = batch["labels"][:, 1:]
         total += cross_entropy(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from flows.environment import prepare_environment, start_server
+from p2d_core.aer import machine_name
 
 ROOT = Path(__file__).parents[2]
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Pa
         except NotThere as error:
             log.warning("%s: skipped: %s", name, error)
             continue
+        (kept / name / page.MACHINE).write_text(json.dumps({"machine": machine_name()}) + "\n")
         log.info("%s: %d seeds in %.0f s", name, len(seeds), time.perf_counter() - start)
         page.write(kept)
     page.write(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from p2d_core.comparison.verdict import answers, arm_lines, front
 from p2d_core.synthetic.hard_worlds import WORLDS
 
 PAGE = "evidence.md"
+MACHINE = "machine.json"
 HEAD = """# Does choosing by heads work?
 
 This page is written by `python -m benchmarks.evidence` from the tables in `docs/evidence/`; no
@@ -53,7 +55,7 @@ def write(kept: Path) -> Path:
 
 def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
     found = selection.read(folder)
-    yield from _title(name, study, {choice.seed for choice in found})
+    yield from _title(name, study, folder, {choice.seed for choice in found})
     draw_precision(_precisions(found), folder / "precision.png")
     yield f"![Precision of each scorer, by world](evidence/{name}/precision.png)\n"
     yield (
@@ -136,7 +138,7 @@ def _answers(rows: Mapping[tuple[str, str], list[Choice]]) -> Iterator[str]:
 def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
     runs, metric, higher_is_better = arms.read(folder)
     lines = arm_lines(runs, higher_is_better)
-    yield from _title(name, study, {run.seed for run in runs})
+    yield from _title(name, study, folder, {run.seed for run in runs})
     picture.draw(lines, metric, higher_is_better, folder / picture.PICTURE)
     yield f"![AER against {metric}](evidence/{name}/{picture.PICTURE})\n"
     yield f"| arm | {metric} | retention | over random data | AER | parameters |"
@@ -172,7 +174,7 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
     by_variant: dict[str, dict[int, Trained]] = {}
     for each in found:
         by_variant.setdefault(each.variant, {})[each.seed] = each
-    yield from _title(name, study, {each.seed for each in found})
+    yield from _title(name, study, folder, {each.seed for each in found})
     points = {
         variant: Point(
             mean_interval([each.quality for each in of.values()]),
@@ -233,10 +235,12 @@ def _cheapest(arms: Mapping[str, tuple[Interval | None, float | None]]) -> Itera
     )
 
 
-def _title(name: str, study: Study, seeds: set[int]) -> Iterator[str]:
+def _title(name: str, study: Study, folder: Path, seeds: set[int]) -> Iterator[str]:
     yield f"## {name}\n"
     many = f"{len(seeds)} seeds" if len(seeds) > 1 else "One seed: a direction, and no more"
-    yield f"{study.about} {many}.\n"
+    made = folder / MACHINE
+    where = f" {json.loads(made.read_text())['machine']}." if made.exists() else ""
+    yield f"{study.about} {many}.{where}\n"
     yield f"```sh\npython -m benchmarks.evidence --study {name} --seeds {len(seeds)}\n```\n"
 
 

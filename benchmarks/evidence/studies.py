@@ -16,6 +16,7 @@ from p2d_core.synthetic import IN_CONTEXT_BASE_FOLDER
 from p2d_core.synthetic.hard_worlds import WORLDS, Kind, write_hard_world
 
 GSM8K = Path(__file__).parents[2] / "examples" / "gsm8k.yaml"
+LARGER_BASE = Path(__file__).parents[2] / "examples" / "larger-base"
 N_PROXY_STEPS = 15 * 100
 """Samples that a proxy run sees in all, with few proxy samples too: passes x samples."""
 MOST_EPOCHS = 100
@@ -96,12 +97,30 @@ class NotThere(Exception):
     """What a study reads is not on this machine; says what, and what to do."""
 
 
-def gsm8k(*, n_target: int, n_code: int) -> Prepare:
+def with_larger_base(prepare: Prepare) -> Prepare:
+    """The same with the base of `examples/larger_base.py`, which knows text and the world."""
+
+    def prepared(folder: Path, seed: int) -> RunSettings:
+        if not LARGER_BASE.exists():
+            raise NotThere("there is no examples/larger-base; examples/larger_base.py trains it")
+        values = prepare(folder, seed).model_dump(mode="json")
+        values |= {"base": str(LARGER_BASE), "precision": "bfloat16"}
+        values["proxy"] |= {"learning_rate": 3e-4}
+        values["heads"] |= {"proxy_learning_rate": 2e-3}
+        values["training"] |= {"learning_rate": 2e-3}
+        values["arms"] |= {"full_learning_rate": 5e-4}
+        return RunSettings.model_validate(values)
+
+    return prepared
+
+
+def gsm8k(*, n_target: int, n_code: int, base: str | None = None) -> Prepare:
     """The example on real text, smaller; without the other source it is the paper's setting, in
     which the corpus is the rest of the target's own training set."""
 
     def prepare(folder: Path, seed: int) -> RunSettings:
         values = yaml.safe_load(GSM8K.read_text(encoding="utf-8"))
+        values["base"] = base or values["base"]
         sources = values["corpus"]["sources"]
         files = (values["base"], *(s["path"] for s in (values["target"], *sources)))
         for file in files:
@@ -121,6 +140,8 @@ ON_TEXT = {
     "adaptations": ("heads", "full"),
     "everything": True,
 }
+
+MAIN_ROWS = ON_TEXT | {"scorers": ("head-filter", "tfidf", "rds-plus", "random")}
 
 RANKERS = ("frobenius", "spad", *RANDOM_HEADS)
 SHIFT_GATE = {
@@ -277,6 +298,27 @@ STUDIES: dict[str, Study] = {
         {"text": gsm8k(n_target=1250, n_code=0)},
         ON_TEXT,
         trained=True,
+    ),
+    "larger-base": Study(
+        "The main rows of the synthetic study with a base of 42 M parameters.",
+        {"plain": with_larger_base(plain)},
+        MAIN_ROWS,
+        trained=True,
+    ),
+    "larger-base-text": Study(
+        "The main rows on GSM8K and CodeAlpaca with a base of 42 M parameters.",
+        {"text": with_larger_base(gsm8k(n_target=700, n_code=550, base="larger-base"))},
+        MAIN_ROWS,
+        trained=True,
+    ),
+    "larger-base-renamed": Study(
+        "Which scorer finds the target where words do not tell it, with a base of 42 M parameters?",
+        {"renamed": with_larger_base(hard("renamed"))},
+        {
+            "rankers": ("frobenius", "spad", RANDOM_HEADS[0]),
+            "scorers": tuple(name for name in SCORERS if name != "loss-shift"),
+            "adaptations": ("full",),
+        },
     ),
     "tuning": Study(
         "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "
