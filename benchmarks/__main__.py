@@ -29,24 +29,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument(
+        "--out", type=Path, help="where to write; benchmarks/, and benchmarks/gpu/ of a GPU"
+    )
     given = parser.parse_args()
+    out: Path = given.out or Path(__file__).parent / ("gpu" if given.size == "gpu" else "")
+    out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     size = SIZES[given.size]
     if size.device == "cuda" and not torch.cuda.is_available():
         parser.error("--size gpu needs a GPU, and torch sees none. Leave it out for the CPU's.")
     figures: list[Figure] = []
-    before = given.out / report.JSON if set(given.only) != set(PARTS) else None
+    before = out / report.JSON if set(given.only) != set(PARTS) else None
     for part in given.only:
         start = time.perf_counter()
         for figure in PARTS[part](size):
             figures.append(figure)
             met = "met" if figure.met else "not met"
             log.info("%s: %.3f, goal %.3g %s", figure.name, figure.ratio, figure.goal, met)
+            # after each figure: what fails or is stopped later takes nothing away
+            report.write(report.merged(before, figures), out)
         log.info("%s took %.0f s", part, time.perf_counter() - start)
-        # after each part: a later one that fails takes nothing away
-        report.write(report.merged(before, figures), given.out)
     report.show(figures)
 
 

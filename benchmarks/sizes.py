@@ -93,7 +93,7 @@ SIZES = {
         ranking_shapes=(QWEN_HALF_B, QWEN_7B),
         scored=512,
         tokens_per_batch=32_768,
-        train_rows=16,
+        train_rows=64,
         chain_scored=512,
         ranked_layers=2,
     ),

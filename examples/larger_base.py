@@ -21,7 +21,15 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from tiny_base import EXAMPLES, HELD_OUT_ROWS, read_set_aside, response_loss, save, train_tokenizer
+from tiny_base import (
+    EXAMPLES,
+    HELD_OUT_ROWS,
+    Budget,
+    read_set_aside,
+    response_loss,
+    save,
+    train_tokenizer,
+)
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -167,18 +175,18 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM,
     rows: dict[str, Rows],
-    seconds: float,
+    budget: Budget,
     quality: Callable[[], dict[str, float]],
 ) -> int:
-    """AdamW in bfloat16 passes over float32 weights, until the time is over; returns the steps."""
+    """AdamW in bfloat16 passes over float32 weights, until the budget is spent; returns steps."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=0.01, betas=(0.9, 0.95), fused=device.type == "cuda"
     )
-    started = reported = measured = time.monotonic()
-    step, progress = 0, 0.0
+    reported = measured = budget.started
+    step = 0
     model.train()
-    while progress < 1:
+    while (progress := budget.progress(step)) < 1:
         warm = min(1.0, max(progress / WARMUP_SHARE, 0.02))
         falling = 0.03 + 0.97 * (1 + np.cos(np.pi * progress)) / 2
         for group in optimizer.param_groups:
@@ -196,11 +204,11 @@ def train(
         step += 1
         if step % 10 == 0:
             now = time.monotonic()
-            progress = (now - started) / seconds
-            if now - reported > seconds / 12:
-                log.info("step %d (%.0f%%): loss %.3f on %s", step, 100 * progress, loss, kind)
+            if now - reported > 15:
+                shown = (step, 100 * progress, loss.item(), kind)
+                log.info("step %d (%.0f%%): loss %.3f on %s", *shown)
                 reported = now
-            if now - measured > seconds / 4:
+            if now - measured > 60:
                 log.info("exact match: %s", quality())
                 measured = now
                 model.train()
@@ -228,6 +236,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Hugging Face folder to write.")] = EXAMPLES
     / "larger-base",
     minutes: Annotated[float, typer.Option(help="Time for everything, in minutes.", min=0.2)] = 10,
+    steps: Annotated[
+        int | None, typer.Option(help="Train for so many steps; the time does not count.", min=1)
+    ] = None,
     drawn: Annotated[int, typer.Option(help="Exercises to draw, of all skills.")] = 1_600_000,
     seed: Annotated[int, typer.Option(help="Of weights, exercises and order.")] = 0,
 ) -> None:
@@ -275,8 +286,9 @@ def main(
     def quality() -> dict[str, float]:
         return {name: round(exact_match(model, table), 3) for name, table in tests.items()}
 
-    seconds = max(5.0, 60 * minutes - CLOSING_SECONDS - (time.monotonic() - started))
-    n_steps = train(model, rows, seconds, quality)
+    begun = time.monotonic()
+    seconds = max(5.0, 60 * minutes - CLOSING_SECONDS - (begun - started))
+    n_steps = train(model, rows, Budget(steps, seconds, begun), quality)
     record: dict[str, object] = {
         "exact_match": quality(),
         "held_out_loss": {
@@ -287,7 +299,7 @@ def main(
         },
         "passes": {name: round(each.n_passes, 2) for name, each in rows.items()},
         "steps": n_steps,
-        "seconds": round(seconds),
+        "seconds": round(time.monotonic() - begun),
         "parameters": model.num_parameters(),
         "seed": seed,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -70,8 +70,16 @@ def test_task_heads_are_held_against_the_mean_of_random_ones_seed_by_seed(tmp_pa
 
 def test_one_seed_shows_nothing(tmp_path):
     rows = [choice("loss-shift", "spad", 9), choice("tfidf", "-", 1)]
-    selection.write(rows, tmp_path / "evidence" / "hard")
+    folder = tmp_path / "evidence" / "hard"
+    selection.write(rows, folder)
     assert "one seed shows nothing" in page.write(tmp_path / "evidence").read_text()
+
+
+def test_the_page_names_the_machine_of_a_study(tmp_path):
+    folder = tmp_path / "evidence" / "hard"
+    selection.write([choice("tfidf", "-", 1)], folder)
+    (folder / page.MACHINE).write_text('{"machine": "Abacus 3000"}')
+    assert "and no more. Abacus 3000.\n" in page.write(tmp_path / "evidence").read_text()
 
 
 def hasty(folder: Path, seed: int) -> RunSettings:
