@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -279,17 +281,21 @@ def collate(
 
     Labels are `IGNORED_LABEL` on padding and on the prompt, but for earlier answers in it.
     """
-    longest = max(len(each) for each in encoded)
-    shape = (len(encoded), longest)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED_LABEL, dtype=torch.long)
+    lengths = np.array([[len(each)] for each in encoded])
+    prompts = np.array([[each.n_prompt] for each in encoded])
+    longest = lengths.max()
+    start = longest - lengths if side == "left" else np.zeros_like(lengths)
+    # of each place in the batch its place in its own sample, before and behind which is padding
+    place = np.arange(longest) - start
+    real = (place >= 0) & (place < lengths)
+    input_ids = np.full(real.shape, pad_id)
+    input_ids[real] = np.fromiter(
+        chain.from_iterable(each.input_ids for each in encoded), np.int64, lengths.sum()
+    )
+    learnt = real & (place >= prompts)
     for row, each in enumerate(encoded):
-        start = longest - len(each) if side == "left" else 0
-        end = start + len(each)
-        ids = torch.tensor(each.input_ids, dtype=torch.long)
-        input_ids[row, start:end] = ids
-        attention_mask[row, start:end] = 1
-        for first, last in (*each.earlier, (each.n_prompt, len(each))):
-            labels[row, start + first : start + last] = ids[first:last]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        for first, last in each.earlier:
+            learnt[row] |= (place[row] >= first) & (place[row] < last)
+    labels = np.where(learnt, input_ids, IGNORED_LABEL)
+    columns = {"input_ids": input_ids, "attention_mask": real.astype(np.int64), "labels": labels}
+    return {name: torch.from_numpy(column) for name, column in columns.items()}

@@ -149,10 +149,12 @@ def test_batches_are_of_like_length_the_longest_first():
 @settings(max_examples=30)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=6), data=st.data())
 def test_a_batch_gives_back_its_samples(side, lengths, data):
-    encoded = [
-        EncodedSample("id", list(range(5, 5 + n)), data.draw(st.integers(1, n - 1)))
-        for n in lengths
-    ]
+    encoded = []
+    for n in lengths:
+        n_prompt = data.draw(st.integers(1, n - 1))
+        turns = sorted(data.draw(st.sets(st.integers(1, n_prompt), max_size=4)))
+        earlier = tuple(zip(turns[::2], turns[1::2], strict=False))
+        encoded.append(EncodedSample("id", list(range(5, 5 + n)), n_prompt, earlier))
     batch = collate(encoded, pad_id=0, side=side)
     assert all(part.shape == (len(lengths), max(lengths)) for part in batch.values())
     assert all(part.dtype == torch.int64 for part in batch.values())
@@ -161,9 +163,13 @@ def test_a_batch_gives_back_its_samples(side, lengths, data):
         assert batch["input_ids"][row][mask].tolist() == each.input_ids
         assert (batch["input_ids"][row][~mask] == 0).all()
         labels = batch["labels"][row]
-        assert labels[mask].tolist() == (
-            [IGNORED_LABEL] * each.n_prompt + each.input_ids[each.n_prompt :]
-        )
+        learnt = {*range(each.n_prompt, len(each))}
+        for first, last in each.earlier:
+            learnt |= {*range(first, last)}
+        assert labels[mask].tolist() == [
+            token if place in learnt else IGNORED_LABEL
+            for place, token in enumerate(each.input_ids)
+        ]
         assert (labels[~mask] == IGNORED_LABEL).all()
         assert mask[0 if side == "right" else -1]
 
