@@ -25,13 +25,14 @@ from tiny_base import (
     EXAMPLES,
     HELD_OUT_ROWS,
     Budget,
+    new_model,
     read_set_aside,
     response_loss,
     save,
     train_tokenizer,
 )
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from p2d_core.samples.schema import Sample
@@ -52,6 +53,8 @@ VOCABULARY = 8192
 TEXT_TOKENS = 512
 """Of a row of text."""
 STEP_TOKENS = 24_576
+SHAPE = {"hidden": 512, "feed_forward": 1536, "layers": 12}
+"""96 query heads."""
 PEAK_LEARNING_RATE = 1e-3
 WARMUP_SHARE = 0.03
 CYCLE = ("skills", "in a row", "skills", "repeated", "skills", "in a row", "skills", "text")
@@ -151,25 +154,6 @@ def text_table(encoded: list[EncodedSample]) -> Table:
     stream = np.concatenate([np.array(each.input_ids, dtype=np.int16) for each in encoded])
     rows = stream[: len(stream) // TEXT_TOKENS * TEXT_TOKENS].reshape(-1, TEXT_TOKENS)
     return rows, rows
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """96 query heads in 12 layers, two to a KV group."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=12,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
 
 
 def train(
@@ -276,7 +260,7 @@ def main(
     encoded = list(encoder.encode_all(trained_on))
     rows["text"] = Rows(text_table(encoded), encoder.pad_id, device, seed)
     tests = held_out(encoder)
-    model = new_model(tokenizer).to(device)
+    model = new_model(tokenizer, **SHAPE).to(device)
     log.info(
         "%d exercises, %d tokens of text, drawn in %.0f s; %.1f M parameters",
         sum(len(each.ids) for name, each in rows.items() if name != "text"),

@@ -100,14 +100,16 @@ def train_tokenizer(samples: list[Sample], vocabulary: int = VOCABULARY) -> PreT
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """48 query heads in 6 layers, two to a KV group; about 3 M parameters."""
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, hidden: int = 192, feed_forward: int = 512, layers: int = 6
+) -> LlamaForCausalLM:
+    """8 query heads a layer, two to a KV group; by default 6 layers and about 3 M parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
+            hidden_size=hidden,
+            intermediate_size=feed_forward,
+            num_hidden_layers=layers,
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=2048,

@@ -105,6 +105,7 @@ def with_larger_base(prepare: Prepare) -> Prepare:
             raise NotThere("there is no examples/larger-base; examples/larger_base.py trains it")
         values = prepare(folder, seed).model_dump(mode="json")
         values |= {"base": str(LARGER_BASE), "precision": "bfloat16"}
+        # set beforehand, lower than those of small bases; not searched for
         values["proxy"] |= {"learning_rate": 3e-4}
         values["heads"] |= {"proxy_learning_rate": 2e-3}
         values["training"] |= {"learning_rate": 2e-3}

@@ -70,8 +70,7 @@ def test_task_heads_are_held_against_the_mean_of_random_ones_seed_by_seed(tmp_pa
 
 def test_one_seed_shows_nothing(tmp_path):
     rows = [choice("loss-shift", "spad", 9), choice("tfidf", "-", 1)]
-    folder = tmp_path / "evidence" / "hard"
-    selection.write(rows, folder)
+    selection.write(rows, tmp_path / "evidence" / "hard")
     assert "one seed shows nothing" in page.write(tmp_path / "evidence").read_text()
 
 
