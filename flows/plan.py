@@ -24,7 +24,7 @@ from flows.planned import keep_plan, plan_key
 from flows.preview import Preview, preview
 from flows.rehearsal import Rehearsal
 from flows.settings import RunSettings
-from flows.stages import FULL, NO_HEADS
+from flows.stages import FULL, NO_HEADS, share_to_try
 from flows.timing import Budget
 from p2d_core.adaptation.adaptations import Heads
 from p2d_core.aer import AER, AER_STAGES, Cost, Reference, machine_name, measured
@@ -196,7 +196,9 @@ class _Planner:
         passing = tried.passing.get(step - 1, 1.0)
         if step and (scores := self.found.made("scores", step - 1)) is not None:
             passing = scores.manifest.facts["passed"] / self.corpus
-        return tried.measuring(step, self.corpus * passing)
+        reached = self.corpus * passing
+        share = share_to_try(self.settings, self.inputs, step, round(reached), self.corpus)
+        return tried.measuring(step, reached * share)
 
     def _scored(self, step: int) -> Estimate:
         return self.rehearsal.scoring(step, self.corpus)

@@ -16,6 +16,7 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference
+from p2d_core.affinity.tried import first_share
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import InUse, put_in_use
@@ -24,12 +25,15 @@ from tasks.evaluation import evaluate_model
 from tasks.harness import run_harness
 from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.measurements import (
+    Passing,
     check_room_for,
+    known_of,
     measure,
     measure_together,
     measurer_of,
     n_steps,
     scorer_step,
+    with_known,
 )
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.progress import progress_of
@@ -44,7 +48,7 @@ from tasks.samples import (
     split_target,
 )
 from tasks.scores import score
-from tasks.stage import Plugin, Runtime, ShardRef, SourceInput
+from tasks.stage import NotMade, Plugin, Runtime, ShardRef, SourceInput
 from tasks.subset import draw_subset
 from tasks.together import spread_out, together
 
@@ -183,7 +187,8 @@ def rank_on(run: Run, target: ArtifactRef, ranker: Plugin) -> ArtifactRef:
 def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin) -> ArtifactRef:
     """Measurements of every shard, then scores, for each step of the scorer.
 
-    ``heads`` may be None for a scorer that looks at none.
+    ``heads`` may be None for a scorer that looks at none. The last gate is tried on a share of what
+    reached it, and on the rest only where too few of the share passed.
     """
     scores = tuned = None
     for step in range(n_steps(scorer)):
@@ -193,7 +198,6 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin
         head_proxy = tuned if one.needs_head_proxy else None
         task_heads = task_heads_of(heads if one.needs_heads else None)
         shards = shards_of(data.corpus)
-        passing = scores.manifest.facts["passing"] if scores else [None] * len(shards)
         looked_at = {
             "base": run.inputs.base,
             "scorer": scorer,
@@ -207,45 +211,80 @@ def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin
             "measurer": measurer_of(one),
             "target": data.target if one.measures_target else None,
         }
-        with run.ledger.stage("measurements") as made:
-            made += measure_corpus(run.runtime, shards, passing, measured_with, one.runs_model)
-            measured = list(made)
-        with run.ledger.stage("scores") as made:
-            scores = score(
-                run.runtime,
-                corpus=data.corpus,
-                measurements=measured,
-                target=data.target,
-                **looked_at,
-            )
-            made.append(scores)
+        before = scores
+        facts = before.manifest.facts if before is not None else {"passed": 0, "rows": 0}
+        first = share_to_try(run.settings, run.inputs, step, facts["passed"], facts["rows"])
+        for share in (first, 1.0):
+            passing = passing_in(before, share) or [None] * len(shards)
+            with run.ledger.stage("measurements") as made:
+                measured = measure_corpus(
+                    run.runtime, shards, passing, measured_with, one.runs_model
+                )
+                made += [ref for each in measured for ref in with_known(run.runtime, each)]
+            with run.ledger.stage("scores") as made:
+                scores = score(
+                    run.runtime,
+                    corpus=data.corpus,
+                    measurements=measured,
+                    target=data.target,
+                    **looked_at,
+                )
+                made.append(scores)
+            if share == 1 or isinstance(scores, NotMade) or enough_passed(run, scores):
+                break
     assert scores is not None
     return scores
+
+
+def passing_in(scores: ArtifactRef | None, share: float) -> list[Passing | None]:
+    """Of each shard what passed all gates of these scores, a share of it; empty without scores."""
+    if scores is None:
+        return []
+    return [Passing(sha, share) for sha in scores.manifest.facts["passing"]]
+
+
+def share_to_try(
+    settings: RunSettings, inputs: Inputs, step: int, reached: int, n_corpus: int
+) -> float:
+    """Of what ``reached`` a step, the share that it measures first."""
+    gate, enough = scorer_step(inputs.scorer, step).gate, settings.scoring.enough
+    spec, is_last = inputs.selection, step == n_steps(inputs.scorer) - 1
+    if step == 0 or not is_last or gate is None or enough is None or spec.quotas or spec.where:
+        return 1.0
+    return first_share(reached, enough * spec.wanted(n_corpus), gate)
+
+
+def enough_passed(run: Run, scores: ArtifactRef) -> bool:
+    """Whether the subset can be drawn of what passed."""
+    facts = scores.manifest.facts
+    return bool(facts["passed"] >= run.inputs.selection.wanted(facts["rows"]))
 
 
 def measure_corpus(
     runtime: Runtime,
     shards: list[ShardRef],
-    passing: list[str | None],
+    passing: list[Passing | None],
     measured_with: dict[str, Any],
     runs_model: bool,
 ) -> list[ArtifactRef]:
     """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    pairs = list(zip(shards, passing, strict=True))
     if runtime.only_look:
-        pairs = zip(shards, passing, strict=True)
-        return [measure(runtime, shard=s, passing=p, **measured_with) for s, p in pairs]
-    check_room_for(runtime, shards, passing, measured_with)
+        return [measure(runtime, shard=s, passing=p, known=None, **measured_with) for s, p in pairs]
+    check_room_for(runtime, pairs, measured_with)
+    each = [
+        {"shard": s, "passing": p, "known": known_of(runtime, s, p, measured_with)}
+        for s, p in pairs
+    ]
     if not runs_model:
-        return measure_together(runtime, shards, passing, measured_with)
-    each = [{"shard": s, "passing": p} for s, p in zip(shards, passing, strict=True)]
+        return measure_together(runtime, each, measured_with)
     rounds = spread_out("measurements", {"runtime": runtime, **measured_with}, each)
     made: dict[int, ArtifactRef] = {}
     with progress_of("measurements (shards)") as progress, on_all_workers(measure) as each_of:
         for places in filter(None, rounds):
             futures = each_of(
                 runtime=unmapped(runtime),
-                shard=[shards[place] for place in places],
-                passing=[passing[place] for place in places],
+                **{name: [each[place][name] for place in places] for name in each[0]},
                 **{name: unmapped(value) for name, value in measured_with.items()},
             )
             for place, future in zip(places, futures, strict=True):

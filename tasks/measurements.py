@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from prefect.cache_policies import NO_CACHE
 
 from p2d_core.affinity import Scorer, Step, Target, scorers, steps_of
 from p2d_core.affinity.head_activation import HeadActivation
-from p2d_core.affinity.measuring import MEASURED, measure_shard
+from p2d_core.affinity.measuring import MEASURED, in_order_of, measure_shard
 from p2d_core.affinity.scoring import SCORES, passing_ids
+from p2d_core.affinity.tried import SHARES, is_tried
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel, parameter_counts
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard
-from p2d_core.store import ArtifactRef, Making, Store
+from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.room import check_room
 from tasks.heads import head_map_in
@@ -27,10 +28,25 @@ from tasks.progress import progress_of
 from tasks.proxy import slices_in
 from tasks.room import of_measurements
 from tasks.samples import target_part
-from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, is_transient, stage
+from tasks.stage import BaseModel, NotMade, Plugin, Runtime, ShardRef, is_transient, stage
 from tasks.together import shared
 
 NO_TARGET = Target((), ())
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Which samples of a shard are measured, of those that passed the steps before."""
+
+    sha: str
+    """Over the ids of all that passed."""
+    share: float = 1.0
+    """Of them, see `p2d_core.affinity.tried`."""
+
+    @property
+    def identity(self) -> str:
+        """As it stands in keys."""
+        return self.sha if self.share == 1 else f"{self.sha}, {self.share:g} of it"
 
 
 def _room(shard: ShardRef, **looked_at: Any) -> int:
@@ -60,6 +76,7 @@ def _sent(
     scorer: Plugin,
     step: int,
     shard: ShardRef,
+    passing: Passing | None,
     previous: ArtifactRef | None,
     **others: Any,
 ) -> Mapping[str, Any] | None:
@@ -68,14 +85,15 @@ def _sent(
         return None
     if previous is not None:
         passed = making.scratch / "passed.parquet"
-        pq.write_table(to_table(_passed(shard, previous)), passed)
+        pq.write_table(to_table(_passed(shard, passing, previous)), passed)
         shard = replace(shard, file=str(passed))
-    return {"scorer": scorer, "step": step, "shard": shard, "previous": None, **others}
+    given = {"shard": shard, "passing": passing, "previous": None}
+    return {"scorer": scorer, "step": step, **given, **others}
 
 
 @stage(
     "measurements",
-    outside_key=("scorer", "step", "heads", "previous"),
+    outside_key=("scorer", "step", "heads", "previous", "known"),
     room=_room,
     sent=_sent,
 )
@@ -87,47 +105,88 @@ def measure(
     scorer: Plugin,
     step: int,
     shard: ShardRef,
-    passing: str | None,
+    passing: Passing | None,
     task_heads: tuple[tuple[int, int], ...],
     head_proxy: ArtifactRef | None,
     target: ArtifactRef | None,
     heads: ArtifactRef | None,
     previous: ArtifactRef | None,
+    known: ArtifactRef | None,
 ) -> None:
-    """Measures the samples of a shard that passed the steps before.
+    """Measures the samples of a shard that passed the steps before, or a share of them.
 
     In the key stands what measure() reads and no more: of the scorer ``measurer``, of the head map
     the task heads, of the steps before which samples of this shard they let pass (``passing``),
     the target only if the scorer measures it. Another target, or another ranking that ends in the
-    same heads, measures nothing again.
+    same heads, measures nothing again; nor does a larger share what is ``known`` of a smaller one.
     """
     one = scorer_step(scorer, step).scorer
     model = model_for(base, runtime, head_proxy)
-    samples = _passed(shard, previous)
-    known = target_of(target) if target is not None else NO_TARGET
-    state = one.prepare(model, head_map_of(heads), known)
-    measured = measure_shard(one, model, state, samples)
-    pq.write_table(measured, making.folder / MEASURED, compression="zstd")
-    making.samples = len(samples)
+    samples = _passed(shard, passing, previous)
+    before = pq.read_table(known.path / MEASURED) if known is not None else None
+    there = set(before["sample_id"].to_pylist()) if before is not None else set()
+    new = [sample for sample in samples if sample.sample_id not in there]
+    of_target = target_of(target) if target is not None else NO_TARGET
+    state = one.prepare(model, head_map_of(heads), of_target)
+    measured = measure_shard(one, model, state, new)
+    making.samples = len(new)
     making.tokens = sum(measured["n_tokens"].to_pylist())
+    if before is not None:
+        measured = in_order_of(samples, [measured, before])
+    pq.write_table(measured, making.folder / MEASURED, compression="zstd")
 
 
 shared("measurements", measure.fn)
 
 
-def _passed(shard: ShardRef, previous: ArtifactRef | None) -> list[Sample]:
-    """The samples of a shard that passed the steps before; all of it at the first."""
+def _passed(shard: ShardRef, passing: Passing | None, previous: ArtifactRef | None) -> list[Sample]:
+    """The samples of a shard that are measured; all of it at the first step."""
     samples = read_shard(Path(shard.file))
-    if previous is None:
+    if previous is None or passing is None:
         return samples
     passed = passing_ids(previous.path / SCORES, shard.index)
-    return [sample for sample in samples if sample.sample_id in passed]
+    share = passing.share
+    return [s for s in samples if s.sample_id in passed and is_tried(s.sample_id, share)]
+
+
+def known_of(
+    runtime: Runtime, shard: ShardRef, passing: Passing | None, measured_with: Mapping[str, Any]
+) -> ArtifactRef | None:
+    """What is measured already of the largest smaller share of what passed."""
+    if passing is None or runtime.only_look:
+        return None
+    store = Store(Path(runtime.store))
+    for share in sorted(SHARES, reverse=True):
+        if share < passing.share:
+            recipe = _recipe(shard, replace(passing, share=share), measured_with)
+            if (found := store.find(recipe.stage, recipe.key)) is not None:
+                return found
+    return None
+
+
+def _recipe(shard: ShardRef, passing: Passing | None, measured_with: Mapping[str, Any]) -> Recipe:
+    recipe: Recipe = measure.cache_policy.recipe_of(
+        {"shard": shard, "passing": passing, **measured_with}
+    )
+    return recipe
+
+
+def with_known(runtime: Runtime, measured: ArtifactRef) -> list[ArtifactRef]:
+    """A measurement, and before it those of smaller shares that it took over: what it cost."""
+    if isinstance(measured, NotMade):
+        return [measured]
+    refs, store = [measured], Store(Path(runtime.store))
+    while key := refs[0].manifest.beside.get("known"):
+        known = store.find("measurements", key)
+        if known is None:
+            break
+        refs.insert(0, known)
+    return refs
 
 
 def check_room_for(
     runtime: Runtime,
-    shards: Sequence[ShardRef],
-    passing: Sequence[str | None],
+    shards: Sequence[tuple[ShardRef, Passing | None]],
     measured_with: Mapping[str, Any],
 ) -> None:
     """That what is not measured yet of all shards has room: before the first, not at the last.
@@ -136,10 +195,9 @@ def check_room_for(
         StorageError: it has not.
     """
     store = Store(Path(runtime.store))
-    recipe_of = measure.cache_policy.recipe_of
     rows = 0
-    for shard, passed in zip(shards, passing, strict=True):
-        recipe = recipe_of({"shard": shard, "passing": passed, **measured_with})
+    for shard, passed in shards:
+        recipe = _recipe(shard, passed, measured_with)
         if not (store.path(recipe.stage, recipe.key) / MANIFEST).exists():
             rows += pq.ParquetFile(shard.file).metadata.num_rows
     if rows:
@@ -156,17 +214,14 @@ def check_room_for(
     persist_result=False,
 )
 def measure_together(
-    runtime: Runtime,
-    shards: list[ShardRef],
-    passing: list[str | None],
-    measured_with: Mapping[str, Any],
+    runtime: Runtime, shards: list[dict[str, Any]], measured_with: Mapping[str, Any]
 ) -> list[ArtifactRef]:
     """`measure` for every shard in one task, for scorers that run no model: with a thousand shards
     a task each would take longer than their work. The artifacts are the same."""
     made: list[ArtifactRef] = []
     with progress_of("measurements (shards)") as progress:
-        for shard, passed in zip(shards, passing, strict=True):
-            made.append(measure.fn(runtime, shard=shard, passing=passed, **measured_with))
+        for of_shard in shards:
+            made.append(measure.fn(runtime, **of_shard, **measured_with))
             progress(len(made), len(shards))
     return made
 

@@ -57,7 +57,11 @@ def score(
         save_file(tensors, making.folder / STATE)
     gates = dict(previous.manifest.facts["gates"]) if previous is not None else {}
     if outcome.gate is not None:
-        gates[one.name] = {"threshold": outcome.gate.threshold, "passed": outcome.passed}
+        gates[one.name] = {
+            "threshold": outcome.gate.threshold,
+            "passed": outcome.passed,
+            "tried": outcome.tried,
+        }
     kept = previous.manifest.facts.get("head_score_kept") if previous is not None else None
     head_map = head_map_of(heads)
     if head_map is not None and isinstance(one.scorer, HeadActivation):

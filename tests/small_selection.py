@@ -9,14 +9,17 @@ from p2d_core.samples.schema import Sample, sample_id_of, to_table
 from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.subset import select_subset
 
+GATES = ("domain", "consistency")
+
 
 class Corpus:
     """A corpus with its scores: n samples, the first half of source a, the rest of source b."""
 
     def __init__(
         self, folder: Path, affinities: list[float], gates_passed: list[int] | None = None,
-        gates: int = 0, lengths: list[int] | None = None,
+        gates: int = 0, lengths: list[int] | None = None, untried: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
+        """``untried``: rows that the last gate was not tried on."""
         n = len(affinities)
         self.folder = folder
         self.samples = [
@@ -34,6 +37,12 @@ class Corpus:
                 "gates_passed": pa.array(gates_passed or [0] * n, pa.int32()),
             }
         ).replace_schema_metadata({"gates": str(gates)})
+        for number, gate in enumerate(GATES[:gates]):
+            reached = [passed >= number for passed in gates_passed or [0] * n]
+            if number == gates - 1:
+                reached = [yes and row not in untried for row, yes in enumerate(reached)]
+            margins = [m if yes else None for m, yes in zip(affinities, reached, strict=True)]
+            scores = scores.append_column(gate, pa.array(margins, pa.float64()))
         pq.write_table(scores, folder / "scores.parquet")
 
     def choose(self, proxy_lengths=(3,), **spec):

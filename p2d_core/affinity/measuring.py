@@ -39,6 +39,15 @@ def measure_shard(
     return _checked(pa.table(columns))
 
 
+def in_order_of(samples: Sequence[Sample], measured: Sequence[pa.Table]) -> pa.Table:
+    """Measurements of samples in their order, from tables that together have all of them."""
+    if len(whole := [table for table in measured if len(table)]) == 1:
+        return whole[0]
+    table = pa.concat_tables(whole or measured[:1]).combine_chunks()
+    ids = pa.array([sample.sample_id for sample in samples], pa.string())
+    return table.take(pc.index_in(ids, table["sample_id"].combine_chunks()))
+
+
 def _checked(measured: pa.Table) -> pa.Table:
     """One number that is none would make the mean and covariance of the whole corpus none."""
     for name in measured.column_names:

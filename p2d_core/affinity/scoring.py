@@ -45,7 +45,10 @@ class ScoredCorpus:
     """What a step's scores amount to."""
 
     rows: int = 0
+    tried: int = 0
+    """Samples that the step measured."""
     passed: int = 0
+    """Samples that passed all gates so far."""
     gate: Gate | None = None
     passing_by_shard: list[str] = field(default_factory=list)
     """For each shard, SHA-256 over the ids of the samples that passed all gates so far."""
@@ -125,6 +128,7 @@ def score_corpus(
             ids = "\n".join(passed["sample_id"].to_pylist())
             outcome.passing_by_shard.append(hashlib.sha256(ids.encode()).hexdigest())
             outcome.rows += len(scored)
+            outcome.tried += len(table)
             outcome.passed += len(passed)
             writer = writer or pq.ParquetWriter(file, scored.schema, compression="zstd")
             writer.write_table(scored, row_group_size=max(1, len(scored)))

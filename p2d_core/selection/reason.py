@@ -16,7 +16,7 @@ from p2d_core.selection.subset import MEMORY, candidates_of, choose
 
 Why = Literal[
     "drawn", "relaxed", "replay", "filled", "at random",
-    "not met", "stopped", "below", "not drawn", "not at random",
+    "not met", "stopped", "not tried", "below", "not drawn", "not at random",
 ]  # fmt: skip
 
 POOLS = """
@@ -27,7 +27,8 @@ GROUP BY pool.part
 """
 
 ASKED = """
-SELECT scores.sample_id, scores.source, scores.affinity, scores.gates_passed, pool.part
+SELECT scores.sample_id, scores.source, scores.affinity, scores.gates_passed, pool.part,
+       {measured} AS measured
 FROM read_parquet($scores) AS scores
 SEMI JOIN (SELECT unnest($ids) AS sample_id) USING (sample_id)
 LEFT JOIN pool USING (sample_id)
@@ -47,7 +48,8 @@ class Reason:
     chosen: bool
     why: Why
     stopped_at: str | None
-    """The step whose gate it did not pass; None where it passed all, or there are none."""
+    """The step whose gate it did not pass, or was not tried at; None where it passed all, or there
+    are none."""
     words: str
     """A sentence."""
 
@@ -87,7 +89,8 @@ def reasons(
             part: _Pool(size, places, lowest)
             for part, size, places, lowest in connection.execute(POOLS).fetchall()
         }
-        rows = connection.execute(ASKED, asked).fetchall()
+        measured = f'scores."{gates[-1]}" IS NOT NULL' if gates else "true"
+        rows = connection.execute(ASKED.format(measured=measured), asked).fetchall()
         # the condition that may be in it was checked just now; what is asked for is bound
         met = connection.execute(
             MEETING.format(candidates=candidates_of(scores, spec)), asked
@@ -95,12 +98,13 @@ def reasons(
     candidates = {sample_id for (sample_id,) in met}
     quotas = [] if spec.at_random else [source for source, _ in spec.quotas]
     found = {}
-    for sample_id, source, affinity, gates_passed, in_pool in rows:
+    for sample_id, source, affinity, gates_passed, in_pool, measured in rows:
         part = quotas.index(source) if source in quotas else len(quotas)
         place = _Place(
             affinity=affinity,
             stopped_at=gates[gates_passed] if gates_passed < len(gates) else None,
             is_candidate=sample_id in candidates,
+            is_tried=gates_passed < len(gates) - 1 or measured,
             in_pool=in_pool is not None,
             pool=pools.get(part, _Pool()),
             rivals=f" of {source}" if source in quotas else "",
@@ -121,6 +125,8 @@ class _Place:
     affinity: float
     stopped_at: str | None
     is_candidate: bool
+    is_tried: bool
+    """At the gate that it reached."""
     in_pool: bool
     pool: _Pool
     rivals: str
@@ -157,6 +163,11 @@ def _not_chosen(place: _Place, spec: SelectionSpec, gates: Sequence[str]) -> tup
         return "below", "The quotas of other sources left no place for it."
     if place.in_pool:
         return "not drawn", f"Not drawn: {_pool_of(place, spec, gates)}."
+    if not place.is_tried:
+        return "not tried", (
+            f"Not tried at {place.stopped_at}: of a random share of those that reached it enough "
+            "passed (scoring.enough)."
+        )
     if place.stopped_at is not None:
         number = gates.index(place.stopped_at) + 1
         return "stopped", f"Stopped at {place.stopped_at}, gate {number} of {len(gates)}."

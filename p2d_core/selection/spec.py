@@ -29,6 +29,19 @@ class SelectionSpec:
     at_random: bool = False
     """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
 
+    def budget(self, n_corpus: int) -> int:
+        """How many samples of a corpus are chosen, replay among them."""
+        return max(1, round(self.fraction * n_corpus))
+
+    def wanted(self, n_corpus: int) -> int:
+        """How many of these by affinity."""
+        budget = self.budget(n_corpus)
+        return budget - self.replayed(budget)
+
+    def replayed(self, budget: int) -> int:
+        """How many of so many are replay."""
+        return 0 if self.at_random else min(round(self.replay * budget), budget - 1)
+
     def __post_init__(self) -> None:
         shares = [share for _, share in self.quotas]
         named = {source for source, _ in self.quotas}

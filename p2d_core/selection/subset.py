@@ -149,7 +149,7 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
     if not total:
         raise InputError("the corpus has no samples to choose from. Add some to corpus.sources.")
     notes: list[str] = []
-    budget = max(1, round(spec.fraction * total))
+    budget = spec.budget(total)
     candidates, by_source = CORPUS, whole
     if spec.where is not None:
         by_source = _counted(run, scores, _meeting(scores, spec.where))
@@ -157,7 +157,7 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
         if spec.at_random:
             by_source = whole
         candidates = candidates_of(scores, spec)
-    replay = 0 if spec.at_random else min(round(spec.replay * budget), budget - 1)
+    replay = spec.replayed(budget)
     wanted = budget - replay
     parts = parts_of(by_source, wanted, gates, spec, notes)
     fill_pool(run, scores, candidates, parts)

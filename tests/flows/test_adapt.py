@@ -39,6 +39,16 @@ def measured_now(job: Job, summary: Summary) -> int:
     return sum(ref.manifest.run_id == summary.run_id for ref in refs)
 
 
+def samples_measured(job: Job, summary: Summary) -> int:
+    manifests = [ref.manifest for ref in Store(job.store).refs("measurements")]
+    return sum(m.cost["samples"] for m in manifests if m.run_id == summary.run_id)
+
+
+def gates(job: Job, summary: Summary, store: Path | None = None) -> dict[str, dict[str, float]]:
+    scores = Store(store or job.store).resolve(summary.artifacts["scores"])
+    return dict(scores.manifest.facts["gates"])
+
+
 def test_the_first_run_computes_every_stage(job):
     assert computed(job.first) == MADE_FROM_SCRATCH
     assert job.first.selection.selected == 120
@@ -89,6 +99,58 @@ def test_the_adapter_is_registered_once_and_the_report_of_each_run_is_kept(job):
 
 def test_another_budget_recomputes_from_the_subset_on(job):
     assert computed(job.run(selection={"fraction": 0.05})) == ["subset", "model", "evaluation"]
+
+
+def test_the_last_gate_stops_measuring_when_enough_passed(job):
+    few = job.run(scoring={"enough": 1.0}, selection={"fraction": 0.05})
+    whole, quarter = gates(job, job.first), gates(job, few)
+    reached = whole["domain"]["passed"]
+    assert whole["consistency"]["tried"] == reached
+    assert 1 / 8 < quarter["consistency"]["tried"] / reached < 3 / 8
+    assert samples_measured(job, few) == quarter["consistency"]["tried"]
+    assert quarter["consistency"]["threshold"] == whole["consistency"]["threshold"]
+    assert (few.selection.selected, few.selection.notes) == (60, [])
+    assert few.aer.stages["scores"] < job.first.aer.stages["scores"]
+
+    more = job.run(scoring={"enough": 8.0}, selection={"fraction": 0.05})
+    assert more.artifacts["scores"] == job.first.artifacts["scores"]
+
+
+def test_where_too_few_of_a_share_pass_the_rest_is_measured_too_and_paid_once(job):
+    """Half of the target passes this gate, and an eighth would do; of the corpus a tenth does."""
+    filtered = {
+        "scorer": "loss-filter",
+        "options": {"consistency_quantile": 0.0, "shift_quantile": 0.5},
+    }
+    in_turn = job.run(scoring=filtered | {"enough": 1.0}, selection={"fraction": 0.05})
+    assert samples_measured(job, in_turn) == 2 * 1200  # in both steps each sample once
+    parts = [ref.manifest for ref in Store(job.store).refs("measurements")]
+    parts = [m for m in parts if m.run_id == in_turn.run_id]
+    (line,) = [line for line in in_turn.stages if line.name == "measurements"]
+    assert line.cold_seconds == pytest.approx(sum(m.cost["wall_seconds"] for m in parts))
+
+    at_once = Job(job.folder / "elsewhere").run(scoring=filtered, selection={"fraction": 0.05})
+    assert gates(job, in_turn) == gates(job, at_once, job.folder / "elsewhere/artifacts")
+    one, other = (
+        pq.read_table(Path(run.artifacts["scores"]) / "scores.parquet")
+        for run in (in_turn, at_once)
+    )
+    assert one.drop_columns(["affinity", "consistency", "shift"]) == other.drop_columns(
+        ["affinity", "consistency", "shift"]
+    )
+    np.testing.assert_allclose(one["shift"], other["shift"], rtol=1e-4, atol=1e-5)
+
+    # what is measured of a larger share takes over what is there of a smaller one
+    again = job.run(scoring=filtered, selection={"fraction": 0.05})
+    assert again.artifacts["scores"] == in_turn.artifacts["scores"]
+
+
+@pytest.mark.parametrize(
+    "selection", [{"quotas": {"drills": 0.5}}, {"where": "n_tokens < 40"}], ids=["quotas", "where"]
+)
+def test_with_quotas_or_a_condition_every_sample_is_measured(job, selection):
+    chosen = job.run(scoring={"enough": 1.0}, selection={"fraction": 0.05} | selection)
+    assert chosen.artifacts["scores"] == job.first.artifacts["scores"]
 
 
 def test_another_share_of_heads_keeps_the_proxy_run(job):

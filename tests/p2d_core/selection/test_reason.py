@@ -4,9 +4,7 @@ from pathlib import Path
 
 from p2d_core.selection.reason import Reason, reasons
 from p2d_core.selection.spec import SelectionSpec
-from tests.small_selection import Corpus
-
-GATES = ("domain", "consistency")
+from tests.small_selection import GATES, Corpus
 
 
 def all_reasons(corpus: Corpus, gates=(), proxy_lengths=(3,), **spec) -> dict[int, Reason]:
@@ -60,6 +58,19 @@ def test_a_gate_that_stops_is_named_and_what_passed_all_is_drawn_from(tmp_path):
     assert sorted(why[row].why for row in range(6)) == ["drawn"] * 3 + ["not drawn"] * 3
     assert why[0].words.startswith(("Drawn: ", "Not drawn: "))
     assert "6 samples passed every gate, for 3 places" in why[0].words
+
+
+def test_what_the_last_gate_was_not_tried_on_is_told_from_what_it_stopped(tmp_path):
+    passed = [2] * 4 + [1] * 4 + [0] * 2
+    corpus = Corpus(tmp_path, [1.0] * 10, passed, gates=2, untried=(6, 7))
+    why = all_reasons(corpus, GATES, fraction=0.3)
+    assert [why[row].why for row in range(4, 10)] == [
+        *("stopped", "stopped", "not tried", "not tried", "stopped", "stopped")
+    ]
+    assert why[6].words == (
+        "Not tried at consistency: of a random share of those that reached it enough passed "
+        "(scoring.enough)."
+    )
 
 
 def test_a_relaxed_gate_is_told_apart_from_one_that_was_passed(tmp_path):
