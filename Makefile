@@ -8,7 +8,8 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)  ## the main job on a small example that ships with the project
 	@$(BIN)/p2d demo
 
-test: lint types imports pytest  ## what CI runs
+test: lint imports  ## what CI runs; types are checked beside the tests, which leave a core idle
+	$(MAKE) -j 2 types pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,8 +27,8 @@ pytest: $(INSTALLED)
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
 
-stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; part of make test
-	$(BIN)/pytest tests/stack
+stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; make test leaves out the kill
+	$(BIN)/pytest tests/stack -m ""
 
 operations-test: $(INSTALLED)  ## every command of docs/operations.md on real servers; many minutes
 	$(BIN)/pytest tests/test_operations.py -m "" --timeout 1800
@@ -50,5 +51,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  "P2D needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	@echo "Installing pinned dependencies into .venv (once; a few minutes) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

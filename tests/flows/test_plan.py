@@ -23,7 +23,7 @@ SUBSET_ON = ["subset", "model", "evaluation"]
 class Planned(Job):
     """The small job, planned as it is run."""
 
-    def plan(self, head_map: str | None = None, seconds: float = 20, **changes: Any) -> Plan:
+    def plan(self, head_map: str | None = None, seconds: float = 8, **changes: Any) -> Plan:
         settings = self.settings(**changes)
         return run_plan(settings, store=self.store, head_map=head_map, seconds=seconds)
 
@@ -127,7 +127,7 @@ def test_after_the_run_everything_is_reused(job):
     ids=str,
 )
 def test_what_changes_is_planned_anew_and_no_more(job, changes, new):
-    plan = job.plan(seconds=3, **changes)
+    plan = job.plan(seconds=1, **changes)
     assert set(not_reused(plan)) >= set(new)
     if "scoring" not in changes or not new:
         assert set(not_reused(plan)) == set(new)
@@ -137,12 +137,12 @@ def test_what_changes_is_planned_anew_and_no_more(job, changes, new):
 
 def test_the_run_computes_just_what_the_plan_said(job):
     changes = {"selection": {"fraction": 0.08}}
-    planned = not_reused(job.plan(seconds=3, **changes))
+    planned = not_reused(job.plan(seconds=1, **changes))
     assert computed(job.run(**changes)) == planned == SUBSET_ON
 
 
 def test_what_waits_for_a_head_map_is_said_to(job):
-    plan = job.plan(seconds=3, proxy={"samples": 21})
+    plan = job.plan(seconds=1, proxy={"samples": 21})
     said = states(plan)
     assert said["proxy"] == said["heads"] == "new"
     for stage in ("head_proxy", "measurements", "scores", "subset", "model"):
@@ -156,7 +156,7 @@ def test_another_target_with_a_head_map_measures_nothing_anew(job):
     (job.folder / "another.jsonl").write_text("".join(lines[100:160]))
     only = {"scoring": {"scorer": "head-activation"}, "target": {"path": "another.jsonl"}}
     job.run(scoring={"scorer": "head-activation"})
-    said = states(job.plan(seconds=3, head_map=job.first.artifacts["heads"], **only))
+    said = states(job.plan(seconds=1, head_map=job.first.artifacts["heads"], **only))
     assert said["measurements"] == said["proxy"] == said["heads"] == "reused"
     assert said["scores"] == said["subset"] == "new"
 
@@ -180,7 +180,7 @@ def test_plan_and_run_agree_on_every_stage(job, changes):
     """Both walk the same recipes: what a run made, the plan finds."""
     lines = (job.folder / "corpus/drills.jsonl").read_text().splitlines(keepends=True)
     (job.folder / "kept.jsonl").write_text("".join(lines[:25]))
-    before = job.plan(seconds=5, **changes)
+    before = job.plan(seconds=2, **changes)
     done = job.run(**changes)
     assert {s.name for s in before.stages} == {line.name for line in done.stages}
     assert done.planned == before

@@ -37,7 +37,7 @@ ACCELERATE = (
     str(BIN / "accelerate"), "launch", "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2",
     "--main_process_port", "0", SCRIPT,
 )  # fmt: skip
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 ROWS = {
     "target.jsonl": 60, "evaluation.jsonl": 6, "corpus/ledgers.jsonl": 300,
     "corpus/drills.jsonl": 900,

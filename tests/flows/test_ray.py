@@ -145,6 +145,7 @@ def kill_a_worker_at_work() -> int:
                     return process.pid
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_measures_costs_nothing_but_time(job, address, caplog):
     store = job.folder / "on-ray"
     killed: list[int] = []

@@ -172,6 +172,7 @@ def test_a_file_that_is_not_there_fails_the_run_with_the_place_and_the_cure(stac
     assert "nowhere.jsonl" in done["state"]["message"]
 
 
+@pytest.mark.slow
 def test_another_worker_finishes_what_a_killed_one_began(stack, deployed, home, store):
     nightly = deployed["adapt-nightly"]
     settings = parameters_of(stack, nightly)["settings"]
@@ -199,6 +200,7 @@ def test_another_worker_finishes_what_a_killed_one_began(stack, deployed, home, 
     assert model.manifest.cost["wall_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_only_what_was_killed_runs_again(stack, deployed):
     """Not a run that has ended, though a sign of life came in after its end."""
     with stack.prefect as api:
