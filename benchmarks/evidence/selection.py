@@ -63,7 +63,8 @@ def run(study: Study, seeds: range, store: Path, kept: Path) -> list[Choice]:
     for seed in seeds:
         for world, prepare in study.worlds.items():
             settings = prepare(store / "worlds" / world / f"seed-{seed}", seed)
-            compare = settings.compare.model_validate({**study.compare, "seeds": [seed]})
+            grid = {**study.compare, "seeds": [seed], "fractions": [settings.selection.fraction]}
+            compare = settings.compare.model_validate(grid)
             settings = settings.model_copy(update={"compare": compare})
 
             def of_seed(run_id: str, settings: RunSettings = settings) -> list[Choice]:

@@ -221,26 +221,7 @@ def half_as_many(folder: Path, seed: int) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
-def with_all_heads(prepare: Prepare) -> Prepare:
-    """The same with every head of every layer as a task head."""
-
-    def prepared(folder: Path, seed: int) -> RunSettings:
-        settings = prepare(folder, seed)
-        heads = settings.heads.model_copy(update={"fraction": 1.0})
-        return settings.model_copy(update={"heads": heads})
-
-    return prepared
-
-
-IN_CONTEXT_SCORERS: tuple[Any, ...] = (
-    {"name": "icl-attention", "options": {"draws": 4}},
-    {
-        "name": "icl-attention",
-        "options": {"draws": 4, "weigh_by_gain": True},
-        "label": "icl-attention, by gain",
-    },
-    {"name": "data-whisperer", "options": {"draws": 4}},
-)
+ALL_HEADS = {"name": "random", "fraction": 1.0, "label": "all heads"}
 AS_THE_PAPER = {"name": "icl-attention", "options": PRESETS["paper"]["scoring"]["options"]}
 
 STUDIES: dict[str, Study] = {
@@ -276,27 +257,21 @@ STUDIES: dict[str, Study] = {
             "hidden": hard("hidden", invented=True),
         },
         {
-            "rankers": ("frobenius", "ablation", *RANDOM_HEADS),
+            "rankers": ("frobenius", "ablation", *RANDOM_HEADS, ALL_HEADS),
             "scorers": (
-                *IN_CONTEXT_SCORERS,
+                {"name": "icl-attention", "options": {"draws": 4}},
+                {
+                    "name": "icl-attention",
+                    "options": {"draws": 4, "weigh_by_gain": True},
+                    "label": "icl-attention, by gain",
+                },
+                {"name": "data-whisperer", "options": {"draws": 4}},
                 "head-proxy-loss",
                 "head-activation",
                 "tfidf",
                 "rds-plus",
                 "random",
             ),
-            "adaptations": ("full",),
-        },
-    ),
-    "in-context-all-heads": Study(
-        "The control of the study in-context: the attention of every head of every layer.",
-        {
-            "renamed": with_all_heads(hard("renamed", invented=True)),
-            "hidden": with_all_heads(hard("hidden", invented=True)),
-        },
-        {
-            "rankers": ({"name": "random", "label": "all heads"},),
-            "scorers": (*IN_CONTEXT_SCORERS, "head-proxy-loss", "head-activation", "random"),
             "adaptations": ("full",),
         },
     ),
