@@ -75,7 +75,7 @@ def read_shard(path: Path) -> list[Sample]:
         ArtifactError: the file is missing, cut short, or has other columns.
     """
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(
