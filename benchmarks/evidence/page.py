@@ -113,7 +113,7 @@ def _in_short(found: Sequence[Choice]) -> Iterator[str]:
     yield ""
     for ranker, counts in tally.items():
         yield (
-            f"- {ranker} heads against random heads, over worlds and scorers: better in "
+            f"- {_of(ranker)} against random heads, over worlds and scorers: better in "
             f"{counts[1]} of {counts.total()}, worse in {counts[-1]}, no difference shown in "
             f"{counts[0]}."
         )
@@ -131,7 +131,7 @@ def _answers(rows: Mapping[tuple[str, str], list[Choice]]) -> Iterator[str]:
             if other is not None and (gain := _gain(of_arm, other)) is not None:
                 said.append(f"{_word(gain)} than {what} by {gain.mean:+.3f} ({_bounds(gain)})")
         if said:
-            yield f"- {scorer} with {ranker} heads: {'; '.join(said)}."
+            yield f"- {scorer} with {_of(ranker)}: {'; '.join(said)}."
     yield ""
 
 
@@ -251,6 +251,11 @@ def _by_arm(found: Sequence[Choice]) -> dict[tuple[str, str], list[Choice]]:
         ranker = RANDOM_HEADS if choice.ranker.startswith(DRAW) else choice.ranker
         rows.setdefault((choice.scorer, ranker), []).append(choice)
     return rows
+
+
+def _of(ranker: str) -> str:
+    """The heads that it chose, in words: a label may say it itself, such as "all heads"."""
+    return ranker if ranker.endswith("heads") else f"{ranker} heads"
 
 
 def _seed_means(of_arm: Sequence[Choice], what: str) -> dict[int, float]:
