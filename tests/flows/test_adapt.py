@@ -140,7 +140,7 @@ def test_where_too_few_of_a_share_pass_the_rest_is_measured_too_and_paid_once(jo
     )
     np.testing.assert_allclose(one["shift"], other["shift"], rtol=1e-4, atol=1e-5)
 
-    # what is measured of a larger share takes over what is there of a smaller one
+    # the rest was measured into what measuring all at once would have made
     again = job.run(scoring=filtered, selection={"fraction": 0.05})
     assert again.artifacts["scores"] == in_turn.artifacts["scores"]
 
