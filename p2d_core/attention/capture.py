@@ -101,6 +101,26 @@ def silenced(
         yield
 
 
+@contextmanager
+def silenced_in_turn(
+    model: nn.Module, layer: AttentionLayer, heads: Sequence[int]
+) -> Iterator[None]:
+    """Inside, a batch is as many equal parts as there are heads; in each, its head is silenced."""
+
+    def silence(inputs: Tensor) -> Tensor:
+        quiet = inputs.clone(memory_format=torch.contiguous_format)
+        parts = quiet.view(len(heads), -1, layer.n_query_heads, layer.head_dim)
+        for part, head in zip(parts, heads, strict=True):
+            part[:, head] = 0
+        return quiet
+
+    remove = _before(model, layer.o, silence)
+    try:
+        yield
+    finally:
+        remove()
+
+
 def attention_paid(
     model: nn.Module,
     layers: Sequence[AttentionLayer],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from p2d_core.attention.capture import silenced
+from p2d_core.attention.capture import silenced, silenced_in_turn
 from p2d_core.attention.layout import attention_layers
 from p2d_core.attention.replay import recorded, replayed
 from tests.families import FAMILIES, N_LAYERS, family_model
@@ -15,8 +15,8 @@ BATCH = {
 
 
 @torch.no_grad()
-def logits(model):
-    return model(**BATCH, use_cache=False).logits
+def logits(model, batch=BATCH):
+    return model(**batch, use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,6 +41,24 @@ def test_a_pass_goes_on_from_where_it_is_changed(family, n_given):
     assert torch.equal(got, expected)
     assert not torch.equal(got, whole)
     assert torch.equal(logits(model), whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("index", range(N_LAYERS))
+def test_copies_of_a_batch_go_on_with_another_head_silenced_in_each(family, index):
+    model = family_model(family).eval()
+    layers = attention_layers(model)
+    with recorded(model, layers) as outputs:
+        logits(model)
+    copies = {name: tensor.repeat(2, 1) for name, tensor in BATCH.items()}
+    with (
+        replayed(model, layers, outputs[:index], 2),
+        silenced_in_turn(model, layers[index], [1, 0]),
+    ):
+        got = logits(model, copies)
+    for part, head in zip(got.split(2), (1, 0), strict=True):
+        with silenced(model, layers, [(index, head)]):
+            torch.testing.assert_close(part, logits(model))
 
 
 def test_a_forward_of_its_own_comes_back_to_a_layer():
