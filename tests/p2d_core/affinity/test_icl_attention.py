@@ -144,24 +144,61 @@ def test_a_draw_weighs_by_how_much_the_candidate_lowers_the_answers_loss(model, 
     np.testing.assert_allclose(weighed / plain, [math.exp(gain) for gain in gains], rtol=1e-4)
 
 
-def test_data_whisperer_is_likelihood_times_attention_a_token(model, heads):
-    """Against transformers' own loss and eager attention, a context at a time."""
-    corpus = samples(4)
+def words_in_common(one: list[str], other: list[str]) -> int:
+    """Length of their longest common subsequence."""
+    if not one or not other:
+        return 0
+    if one[0] == other[0]:
+        return 1 + words_in_common(one[1:], other[1:])
+    return max(words_in_common(one[1:], other), words_in_common(one, other[1:]))
+
+
+def rouge_l_of_greedy_answer(model, context) -> float:
+    """The likeliest token a pass, each pass from the beginning, until the end or the length."""
+    n_prompt, right = context.tokens.n_prompt, context.tokens.input_ids
+    ids = right[:n_prompt]
+    while len(ids) < len(right):
+        with torch.inference_mode():
+            ids = [*ids, int(model.model(torch.tensor([ids])).logits[0, -1].argmax())]
+        if ids[-1] == model.encoder.end_id:
+            break
+    answer, wanted = (
+        model.tokenizer.decode(each[n_prompt:], skip_special_tokens=True).split()
+        for each in (ids, right)
+    )
+    return 2 * words_in_common(answer, wanted) / max(1, len(answer) + len(wanted))
+
+
+def likelihood(model, context) -> float:
+    labels = torch.tensor([context.tokens.input_ids])
+    labels[:, : context.tokens.n_prompt] = -100
+    with torch.inference_mode():
+        return math.exp(-model.model(torch.tensor([context.tokens.input_ids]), labels=labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("judged_by", "answered"),
+    [("generation", rouge_l_of_greedy_answer), ("likelihood", likelihood)],
+)
+def test_data_whisperer_is_how_well_is_answered_times_attention_a_token(
+    model, heads, judged_by, answered
+):
+    """Against transformers' own loss, logits and eager attention, a context at a time."""
+    corpus = samples(12)
     expected = []
     model.model.set_attn_implementation("eager")
     try:
         for context in contexts_of(model, corpus):
             ids = torch.tensor([context.tokens.input_ids])
-            labels = ids.clone()
-            labels[:, : context.tokens.n_prompt] = -100
             with torch.inference_mode():
-                output = model.model(ids, labels=labels, output_attentions=True)
+                output = model.model(ids, output_attentions=True)
             # the second of three layers, all 8 heads
             rows = output.attentions[1][0, :, context.tokens.n_prompt :]
             paid = rows[..., context.start : context.stop].sum(dim=-1).mean(dim=-1).sum()
             length = context.stop - context.start
-            expected.append(math.exp(-float(output.loss)) * float(paid) / length)
+            expected.append(answered(model, context) * float(paid) / length)
     finally:
         model.model.set_attn_implementation("sdpa")
-    got = affinities("data-whisperer", model, heads, [corpus])
-    np.testing.assert_allclose(got, np.reshape(expected, (4, 2)).mean(axis=1), rtol=1e-4)
+    assert len(set(expected)) > 4
+    got = affinities("data-whisperer", model, heads, [corpus], judged_by=judged_by)
+    np.testing.assert_allclose(got, np.reshape(expected, (12, 2)).mean(axis=1), rtol=1e-4)

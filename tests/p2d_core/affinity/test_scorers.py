@@ -295,7 +295,9 @@ def test_every_scorer_and_ranker_says_where_it_is_from_and_what_it_costs(registr
 
 OTHERS = {
     "bm25": {"neighbours": 1, "k1": 2.0, "b": 0.9, "features": 16},
-    "data-whisperer": {"demonstrations": 2, "draws": 1, "layer": 1.0, "seed": 1},
+    "data-whisperer": {
+        "demonstrations": 2, "draws": 1, "layer": 1.0, "judged_by": "likelihood", "seed": 1,
+    },
     "head-activation": {
         "neighbours": 1, "shrinkage": 0.9, "depth": 0.5, "tokens": "response", "compare": "mean",
         "whiten": False,
