@@ -104,8 +104,12 @@ def check_inputs(
     def source(given: SourceSettings) -> SourceInput:
         return SourceInput.of(_spec(given))
 
-    def trained(epochs: float, learning_rate: float, batch_size: int) -> TrainingSpec:
-        return TrainingSpec(epochs, learning_rate, batch_size, training.warmup, settings.seed)
+    def trained(
+        epochs: float, learning_rate: float, batch_size: int, group_by_length: bool = False
+    ) -> TrainingSpec:
+        return TrainingSpec(
+            epochs, learning_rate, batch_size, training.warmup, settings.seed, group_by_length
+        )
 
     base = like.base if like else BaseModel.of(folder, settings.precision, text, hub)
     if like is None and base.sha256 not in ranked_bases:
@@ -135,9 +139,14 @@ def check_inputs(
             settings.heads.proxy_learning_rate,
             settings.proxy.batch_size,
         ),
-        training=trained(training.epochs, training.learning_rate, training.batch_size),
+        training=trained(
+            training.epochs, training.learning_rate, training.batch_size, training.group_by_length
+        ),
         full_training=trained(
-            training.epochs, settings.arms.full_learning_rate, training.batch_size
+            training.epochs,
+            settings.arms.full_learning_rate,
+            training.batch_size,
+            training.group_by_length,
         ),
         selection=SelectionSpec(
             fraction=settings.selection.fraction,

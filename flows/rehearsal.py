@@ -25,6 +25,7 @@ from p2d_core.adaptation.adaptations import (
     attention_slices,
 )
 from p2d_core.adaptation.calibration import calibrate_full
+from p2d_core.adaptation.like_length import like_length
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import Target
@@ -288,7 +289,7 @@ class Rehearsal:
                 progress=tell,
             )
 
-        timed = self._steps(run, encoded, size, spec.batch_size)
+        timed = self._steps(run, encoded, size, spec, self.data.corpus)
         self.base.rest(model)
         before = self.base.load() + Estimate(self.data.seconds_to_read) + encoding
         return before + timed.all, timed.step.times(all_steps)
@@ -402,30 +403,38 @@ class Rehearsal:
                 ),
                 encoded,
                 size,
-                spec.batch_size,
+                spec,
+                n,
             )
             trained = timed.all
         return imported.estimate + encoding + trained
 
     def _steps(
-        self, run: Callable[[Progress], object], encoded: _Asked, size: int, batch_size: int
+        self,
+        run: Callable[[Progress], object],
+        encoded: _Asked,
+        size: int,
+        spec: TrainingSpec,
+        n_in_all: int,
     ) -> Steps:
-        """Steps of ``size`` samples, as they would be with ``batch_size`` such samples."""
+        """Steps of ``size`` samples, as they would be with as many as ``spec`` has."""
         timed = time_steps(run, self.budget.share)
         n, asked = len(encoded), encoded.lengths
         passes = [asked[i : i + n] for i in range(0, len(asked), n)]
         sizes = [each for lengths in passes for each in padded_sizes(lengths, size)]
         rng, lengths = random.Random(0), [len(each) for each in encoded.samples]
-        usual = [
-            each
-            for _ in range(SHUFFLES)
-            for each in padded_sizes(rng.sample(lengths, n), batch_size)
-        ]
+        usual = []
+        for seed in range(SHUFFLES):
+            shuffled = rng.sample(lengths, n)
+            if spec.group_by_length:
+                order = like_length(shuffled, spec.batch_size, seed, n_in_all)
+                shuffled = [shuffled[i] for i in order]
+            usual += padded_sizes(shuffled, spec.batch_size)
         return replace(
             timed,
             sizes=sizes[: len(timed.marks)],
             size=statistics.fmean(usual),
-            ended=timed.ended if size == batch_size or not timed.marks else 0.0,
+            ended=timed.ended if size == spec.batch_size or not timed.marks else 0.0,
         )
 
     def _batch(self, batch_size: int) -> int:

@@ -207,6 +207,8 @@ class TrainingSettings(Section):
     """Peak learning rate of AdamW; heads take 2.5 to 5 times that of all parameters."""
     batch_size: Count = 8
     """Samples in a step."""
+    group_by_length: bool = False
+    """Steps of samples of like length: less padding, so faster; also in full fine-tuning."""
     warmup: ShareOrZero = 0.05
     """Share of the steps in which the learning rate rises; it falls as a cosine after that."""
     checkpoint_seconds: Positive = 60

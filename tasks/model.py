@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from p2d_core.adaptation.adaptations import adaptations, n_trainable
 from p2d_core.adaptation.calibration import UNTIMED_STEPS, calibrate_full
+from p2d_core.adaptation.like_length import BATCHES
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.attention.layout import attention_layers, projection_weights
@@ -105,6 +106,8 @@ def calibrate(
     captured = base.captured(runtime)
     model = load_model(captured.folder, "float32", captured.device)
     wanted = training.batch_size * (steps + UNTIMED_STEPS)
+    if training.group_by_length:  # as many as are sorted together in training
+        wanted = max(wanted, training.batch_size * BATCHES)
     # the smallest ids are a draw: they are hashes
     drawn = heapq.nsmallest(wanted, all_samples(corpus), key=lambda sample: sample.sample_id)
     encoded = captured.encode(drawn)

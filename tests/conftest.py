@@ -1,12 +1,15 @@
 """One Prefect server for all tests of a process, in a temporary home; a thread for each core."""
 
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.cli import main
 from flows.environment import prepare_environment
 from tests.hub import hub  # noqa: F401
 
@@ -18,6 +21,26 @@ prepare_environment(Path(_home.name))
 
 TOGETHER = {"test_readme.py": "demo", "test_demo.py": "demo", "stack": "stack"}
 """Files and folders whose tests share what takes minutes: one run of the demo, a team's servers."""
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch, capfd) -> Command:
+    """Runs a `p2d` command in this process; gives its exit code and what it said."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["p2d", *words])
+        try:
+            main.run()
+            code = 0
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return call
 
 
 def shared(file: Path) -> str | None:

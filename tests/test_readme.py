@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from p2d_core.synthetic.world import BASE_FOLDER
-from tests.demo_run import command, demo
+from tests.demo_run import demo
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -54,7 +54,9 @@ def test_no_printout_or_table_is_left_empty():
 
 
 @pytest.mark.timeout(600)
-def test_the_commands_run_as_they_stand(place):
+def test_the_commands_run_as_they_stand(place, command, monkeypatch):
+    """In one process: twelve would spend most of their time on imports and servers."""
+    monkeypatch.chdir(place)
     for line in COMMANDS:
         words = shlex.split(line)
         # an install; servers, which have tests of their own (tests/stack has a team's)
@@ -66,14 +68,14 @@ def test_the_commands_run_as_they_stand(place):
         if "<run_id>" in line:
             run_id = max(file.stem for file in (place / "artifacts/runs").glob("*.json"))
             words = [word.replace("<run_id>", run_id) for word in words]
-        done = command(place, *words[1:])
-        assert done.code == 0, f"{line}\n{done.shown}\n{done.errors}"
-        assert "Traceback" not in done.errors, line
+        code, shown, errors = command(*words[1:])
+        assert code == 0, f"{line}\n{shown}\n{errors}"
+        assert "Traceback" not in errors, line
 
 
-def test_the_settings_that_config_writes_load_again(place):
-    done = command(place, "config")
-    assert set(yaml.safe_load(done.shown)) >= {"base", "target", "corpus", "selection"}
+def test_the_settings_that_config_writes_load_again(command):
+    _, shown, _ = command("config")
+    assert set(yaml.safe_load(shown)) >= {"base", "target", "corpus", "selection"}
 
 
 def test_every_folder_of_the_table_is_there_after_a_demo():

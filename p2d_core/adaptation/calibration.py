@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from p2d_core.adaptation.like_length import like_length
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.adaptation.spread import spread
 from p2d_core.aer import Reference
@@ -37,7 +38,8 @@ def calibrate_full(
     """Times full fine-tuning steps (forward, backward, AdamW) on batches drawn from the corpus.
 
     Args:
-        encoded: a random draw of the corpus, at least a batch; used in order, again and again.
+        encoded: a random draw of the corpus, at least a batch; used in order (or as batches of like
+            length), again and again.
         n_corpus: samples in the corpus; with epochs and batch size it gives the number of steps.
         steps: how many steps are timed, after `UNTIMED_STEPS` that are not.
         mixed_precision: bfloat16 in the passes, as training has it for a base in bfloat16.
@@ -49,6 +51,10 @@ def calibrate_full(
     """
     if len(encoded) < 1:
         raise TrainingError("there are no samples to time full fine-tuning on.")
+    order = list(range(len(encoded)))
+    if spec.group_by_length:
+        lengths = [len(sample) for sample in encoded]
+        order = like_length(lengths, spec.batch_size, spec.seed, n_corpus)
     device = next(model.parameters()).device
     model.requires_grad_(True).train()
     if gradient_checkpointing:
@@ -60,7 +66,7 @@ def calibrate_full(
         for step in range(UNTIMED_STEPS + steps):
             start = time.perf_counter()
             first = step * spec.batch_size
-            rows = [encoded[(first + i) % len(encoded)] for i in range(spec.batch_size)]
+            rows = [encoded[order[(first + i) % len(order)]] for i in range(spec.batch_size)]
             share = processes.share(rows) or rows[:1]
             batch = {name: tensor.to(device) for name, tensor in collate(share, pad_id).items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import safe_globals
 
+from p2d_core.adaptation.like_length import LikeLength
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.adaptation.spread import Spread, share_like, spread, whole, whole_states
 from p2d_core.errors import TrainingError
@@ -74,9 +75,14 @@ class _Trainer(Trainer):
     share; gradients are brought together by what `spread` made of the model.
     """
 
-    def __init__(self, spread: Spread, processes: Processes, **settings: Any) -> None:
+    def __init__(
+        self, spread: Spread, processes: Processes, sampler: Sampler[int] | None, **settings: Any
+    ) -> None:
         super().__init__(model=spread.model, **settings)
-        self.runs, self.processes = spread.run, processes
+        self.runs, self.processes, self.sampler = spread.run, processes, sampler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler or super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -237,6 +243,9 @@ def train(
         trainer = _Trainer(
             parts,
             processes,
+            LikeLength([len(sample) for sample in encoded], spec.batch_size, spec.seed)
+            if spec.group_by_length
+            else None,
             args=arguments,
             train_dataset=_Samples(encoded),
             data_collator=lambda rows: _shared_batch(rows, pad_id, processes),

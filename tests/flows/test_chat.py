@@ -19,7 +19,7 @@ from p2d_core.store import Store
 from tasks.samples import read_source, refuse_unforeseen_chats
 from tasks.stage import Runtime, SourceInput
 from tests.chat_base import save_chat_base
-from tests.flows.conftest import Command
+from tests.conftest import Command
 
 CHAT = TextFormat(max_tokens=256, template="chat")
 

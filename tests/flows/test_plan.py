@@ -167,7 +167,7 @@ def test_another_target_with_a_head_map_measures_nothing_anew(job):
         {
             "heads": {"average_over": 2},
             "arms": {"random": True, "full": "measured"},
-            "training": {"adaptation": "lora"},
+            "training": {"adaptation": "lora", "group_by_length": True},
         },
         {
             "scoring": {"scorer": "less", "options": {"epochs": 1, "dimensions": 256}},

@@ -117,6 +117,7 @@ CHANGES = [
     ("training", {"epochs": 9}),
     ("training", {"learning_rate": 1}),
     ("training", {"batch_size": 3}),
+    ("training", {"group_by_length": True}),
     ("training", {"warmup": 0.5}),
     ("training", {"checkpoint_seconds": 3}),
     ("training", {"gradient_checkpointing": True}),
