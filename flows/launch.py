@@ -43,7 +43,7 @@ def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
     clear_killed(store)
     run_id = new_run_id()
     try:
-        with noted(store, run_id), tags(run_id):
+        with noted(store, run_id), tags(run_id), _without_heartbeats():
             return run(run_id)
     except Exception as error:
         away = service_error(error)
@@ -53,6 +53,21 @@ def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
             raise away from error
         log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
         return finished[0]
+
+
+@contextmanager
+def _without_heartbeats() -> Iterator[None]:
+    """On a temporary server of our own nobody listens, and each flow run ends a second later.
+
+    Prefect's thread for them looks once a second whether it is to stop, and the run waits for it.
+    """
+    from prefect.settings import temporary_settings
+
+    if "PREFECT_API_URL" in os.environ:
+        yield
+    else:
+        with temporary_settings({"flows.heartbeat_frequency": None}):
+            yield
 
 
 @contextmanager

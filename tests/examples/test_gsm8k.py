@@ -24,7 +24,7 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny-base"
     script = REPOSITORY / "examples/tiny_base.py"
     subprocess.run(
-        [sys.executable, str(script), "--data", str(DATA), "--out", str(folder), "--steps", "15"],
+        [sys.executable, str(script), "--data", str(DATA), "--out", str(folder), "--steps", "3"],
         check=True, timeout=200, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     return folder
@@ -36,21 +36,23 @@ def test_the_example_runs_on_the_files_as_they_are(base, tmp_path):
         update={
             "base": str(base),
             "threads": 1,
-            "target": settings.target.model_copy(update={"limit": 200}),
+            "target": settings.target.model_copy(update={"limit": 90}),
             "corpus": settings.corpus.model_copy(
-                update={"sources": (settings.corpus.sources[0].model_copy(update={"limit": 150}),)}
+                update={"sources": (settings.corpus.sources[0].model_copy(update={"limit": 60}),)}
             ),
             "evaluation": settings.evaluation.model_copy(
                 update={"source": settings.evaluation.source.model_copy(update={"limit": 10})}
             ),
-            "proxy": settings.proxy.model_copy(update={"samples": 20, "held_out": 10}),
+            "proxy": settings.proxy.model_copy(update={"samples": 20, "held_out": 10, "epochs": 1}),
+            "heads": settings.heads.model_copy(update={"proxy_epochs": 1}),
+            "training": settings.training.model_copy(update={"epochs": 1}),
             "arms": settings.arms.model_copy(update={"calibration_steps": 4}),
         }
     )
     summary = run_adapt(small, store=tmp_path)
-    # 200 of GSM8K less 30 for proxy and held-out set, and 150 of CodeAlpaca
-    assert summary.selection.corpus_by_source == {"codealpaca": 150, "gsm8k": 170}
-    assert summary.selection.selected == 32
+    # 90 of GSM8K less 30 for proxy and held-out set, and 60 of CodeAlpaca
+    assert summary.selection.corpus_by_source == {"codealpaca": 60, "gsm8k": 60}
+    assert summary.selection.selected == 12
     assert summary.aer.reference == "calibrated"
     assert summary.aer.full_spread_seconds > 0
     subset = pq.read_table(Path(summary.artifacts["subset"]) / "subset.parquet").to_pylist()
