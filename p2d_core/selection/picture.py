@@ -37,13 +37,13 @@ def draw_affinities(
     from matplotlib.figure import Figure
 
     low, width, everything, chosen = _histogram(scores, subset)
-    left = [low + i * width for i in range(BINS)]
+    edges = [low + i * width for i in range(BINS + 1)]
     figure = Figure(figsize=(5.6, 3.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for counts, what, color in ((everything, "corpus", "#c9d3df"), (chosen, "chosen", "#d1495b")):
         label = f"{what} ({sum(counts):,})"
-        axes.bar(left, counts, width, align="edge", color=color, label=label)
+        axes.stairs(counts, edges, fill=True, color=color, label=label)
     if cut_off is not None:
         # on the side where there is room
         is_right = cut_off > low + BINS * width / 2
@@ -61,6 +61,7 @@ def draw_affinities(
         )
     if max(everything) > 100:
         axes.set_yscale("symlog", linthresh=10)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("affinity")
     axes.set_ylabel("samples")
