@@ -27,7 +27,7 @@ pytest: $(INSTALLED)
 slow: $(INSTALLED)  ## tests of minutes, such as training the demo's base anew
 	$(BIN)/pytest -m slow --timeout 3600
 
-stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; make test leaves out the kill
+stack-test: $(INSTALLED)  ## servers on PostgreSQL, a worker, schedules, for real; make test leaves out the long
 	$(BIN)/pytest tests/stack -m ""
 
 operations-test: $(INSTALLED)  ## every command of docs/operations.md on real servers; many minutes

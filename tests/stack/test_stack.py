@@ -130,6 +130,7 @@ def test_scheduled_runs_complete_and_the_second_reuses_the_head_map(stack, deplo
     sign_of_life(stack, first["id"])  # a late one; what comes of it is seen at the end
 
 
+@pytest.mark.slow
 def test_a_rerun_with_another_fraction_recomputes_from_the_subset_on(stack, deployed, store):
     rerun = deployed["rerun-from-head-map"]
     key = Path(summaries(store)[0]["artifacts"]["heads"]).name
@@ -210,6 +211,7 @@ def test_only_what_was_killed_runs_again(stack, deployed):
     assert not [run for run in runs if run["state"]["name"] in (LOST, "AwaitingRetry")]
 
 
+@pytest.mark.slow
 def test_a_look_at_the_head_map_says_whether_it_holds(stack, deployed):
     refresh = deployed["refresh-head-map"]
     made = create(stack, refresh, **parameters_of(stack, refresh)).raise_for_status().json()["id"]
