@@ -266,6 +266,11 @@ STUDIES: dict[str, Study] = {
                     "label": "icl-attention, by gain",
                 },
                 {"name": "data-whisperer", "options": {"draws": 4}},
+                {
+                    "name": "data-whisperer",
+                    "options": {"draws": 4, "judged_by": "likelihood"},
+                    "label": "data-whisperer, by likelihood",
+                },
                 "head-proxy-loss",
                 "head-activation",
                 "tfidf",
