@@ -18,7 +18,7 @@ from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
-from p2d_core.errors import HeadMapError, SettingsError
+from p2d_core.errors import SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -45,7 +45,8 @@ class HeadActivation:
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Weight, in [0, 1], of a round covariance beside the measured one."""
     depth: Literal["heads"] | float = "heads"
-    """Share of the layers, in (0, 1], beyond which task heads are not looked at; heads: none is."""
+    """Share of the layers, in (0, 1], beyond which task heads are not looked at (but those of the
+    first layer that has any are); heads: none is."""
     tokens: Literal["all", "response"] = "all"
     """Which tokens' outputs are averaged."""
     compare: Literal["nearest", "mean"] = "nearest"
@@ -80,19 +81,13 @@ class HeadActivation:
     def looked_at(self, heads: HeadMap) -> tuple[tuple[int, int], ...]:
         """The task heads in the first ``depth`` of the layers, the best first.
 
-        Raises:
-            HeadMapError: there are none.
+        Where none is so deep, those of the first layer that has any.
         """
         if self.depth == "heads":
             return heads.task_heads
-        last = max(1, math.ceil(self.depth * heads.n_layers - 1e-9))
-        kept = tuple(head for head in heads.task_heads if head[0] < last)
-        if not kept:
-            raise HeadMapError(
-                f"no task head is in the first {last} of {heads.n_layers} layers, the highest is "
-                f"in layer {min(layer for layer, _ in heads.task_heads)}. Raise scoring.depth."
-            )
-        return kept
+        wanted = max(1, math.ceil(self.depth * heads.n_layers - 1e-9))
+        last = max(wanted, 1 + min(layer for layer, _ in heads.task_heads))
+        return tuple(head for head in heads.task_heads if head[0] < last)
 
     def score_kept(self, heads: HeadMap) -> float:
         """Share of the task heads' score that the heads looked at have, in [0, 1]."""

@@ -110,7 +110,6 @@ def test_the_last_gate_stops_measuring_when_enough_passed(job):
     assert samples_measured(job, few) == quarter["consistency"]["tried"]
     assert quarter["consistency"]["threshold"] == whole["consistency"]["threshold"]
     assert (few.selection.selected, few.selection.notes) == (60, [])
-    assert few.aer.stages["scores"] < job.first.aer.stages["scores"]
 
     more = job.run(scoring={"enough": 8.0}, selection={"fraction": 0.05})
     assert more.artifacts["scores"] == job.first.artifacts["scores"]

@@ -23,6 +23,10 @@ from p2d_core.store.query import open_reader
 from tasks.tracking.database import mlflow_uri
 from tests.job import Job
 
+ROWS = {
+    "target.jsonl": 60, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 100,
+    "corpus/drills.jsonl": 300,
+}  # fmt: skip
 GRID = {
     "rankers": ["frobenius", "random"],
     "scorers": ["head-activation", "random"],
@@ -37,7 +41,7 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    job = Job(tmp_path_factory.mktemp("compare"))
+    job = Job(tmp_path_factory.mktemp("compare"), ROWS)
     file = job.folder / "compare.yaml"
     evaluation = job.values["evaluation"] | {"also": ["perplexity"]}
     file.write_text(yaml.safe_dump(job.values | {"compare": GRID, "evaluation": evaluation}))
@@ -185,8 +189,8 @@ def test_a_row_has_what_a_reader_asks_for(compared):
         assert len(run.values) == 12
         assert run.quality == pytest.approx(sum(run.values.values()) / 12)
         if run.arm.scorer not in (BASE, EVERYTHING):
-            assert run.selected == 120
-            assert sum(run.labels.values()) == 120
+            assert run.selected == 40
+            assert sum(run.labels.values()) == 40
             assert run.aer == pytest.approx(sum(run.seconds.values()) / run.full_seconds)
             assert run.peak_memory_bytes > 0
             assert run.metrics["loss"] == pytest.approx(run.quality)
