@@ -283,8 +283,8 @@ def growth(size: Size) -> Iterator[Figure]:
             corpora.append(_Corpus(Path(folder) / str(n), n))
             write_shards(_generated(n), corpora[-1].folder)
         run = GrowthRun()
-        # small ones again and again: a second's burst is faster than the machine can be for long
-        times = [max(1, size.growth[-1] // (2 * corpus.n)) for corpus in corpora]
+        # a small corpus again and again, so that none is measured in a fraction of a second
+        times = [max(1, size.growth[1] // corpus.n) for corpus in corpora]
         seconds = alternate(
             *(
                 lambda c=corpus, n=n: [run(c) for _ in range(n)]

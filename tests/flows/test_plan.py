@@ -18,6 +18,10 @@ from tests.flows.test_adapt import MADE_FROM_SCRATCH, computed
 from tests.job import Job
 
 SUBSET_ON = ["subset", "model", "evaluation"]
+ROWS = {
+    "target.jsonl": 60, "evaluation.jsonl": 12, "corpus/ledgers.jsonl": 150,
+    "corpus/drills.jsonl": 450,
+}  # fmt: skip
 
 
 class Planned(Job):
@@ -34,7 +38,7 @@ class Planned(Job):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Planned:
     """Planned in an empty store, then run."""
-    job = Planned(tmp_path_factory.mktemp("plan"))
+    job = Planned(tmp_path_factory.mktemp("plan"), ROWS)
     job.before = job.plan()
     job.files_before = job.files()
     job.first = job.run()
