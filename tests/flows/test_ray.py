@@ -205,6 +205,7 @@ def test_arms_on_ray_are_those_of_engine_local_and_nothing_stays_of_a_cluster_of
     assert not list(Path("/tmp").glob(f"{FOLDER}{os.getpid()}-*"))
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_do_this_work_are_refused(job, address, monkeypatch):
     from tasks.ray_pool import PoolSpec, RayPool
 
