@@ -170,7 +170,7 @@ class ScoringSettings(Section):
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"
-    """heads, or the share of the layers beyond which most task heads are not looked at: cheaper."""
+    """heads, or the share of the layers beyond which task heads are left out, if any is within."""
     enough: Annotated[float, Field(ge=1)] | None = None
     """Times the wanted samples that pass before the last gate stops measuring; null: never."""
     tokens_per_batch: Count = 8192

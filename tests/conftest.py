@@ -64,9 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What every run imports is not looked through for garbage again and again.
 
-    It is millions of objects, and transformers' training loop collects garbage each time it starts:
-    without this, the tests' runs would take twice the time.
+    It is millions of objects, and transformers' training loop collects garbage each time it starts,
+    which takes longer than the tests' trainings do. Not where a few tests are tried by hand.
     """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()

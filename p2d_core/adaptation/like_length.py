@@ -52,4 +52,4 @@ class LikeLength(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(like_length(self.lengths, self.batch_size, hash((self.seed, self.epoch))))
+        return iter(like_length(self.lengths, self.batch_size, self.seed + self.epoch))

@@ -9,7 +9,7 @@ from torch import Tensor
 from p2d_core.attention.layout import AttentionLayer, by_role, module_weights
 from p2d_core.heads.frobenius import sums_of_squares
 from p2d_core.heads.ranking import RankingEvidence, rankers
-from p2d_core.heads.response_loss import batches, summed_loss
+from p2d_core.heads.response_loss import batches, summed_losses
 
 
 @rankers.register("gradient")
@@ -49,7 +49,7 @@ class Gradient:
             flat_sums = [total for of in sums for total in of.values()]
             for done, batch in enumerate(batches(samples, evidence.batch_size), start=1):
                 with torch.enable_grad():
-                    loss, _ = summed_loss(model, batch, evidence.pad_id)
+                    loss = summed_losses(model, batch, evidence.pad_id).sum()
                 for total, grad in zip(
                     flat_sums, torch.autograd.grad(loss / n_tokens, flat), strict=True
                 ):

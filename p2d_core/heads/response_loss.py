@@ -16,20 +16,14 @@ def batches(samples: Sequence[EncodedSample], batch_size: int) -> Iterator[list[
         yield by_length[start : start + batch_size]
 
 
-def summed_loss(model: Any, batch: Sequence[EncodedSample], pad_id: int) -> tuple[Tensor, int]:
-    """The loss summed over the batch's response tokens, a scalar in float32, and their number."""
-    losses, wanted = token_losses(model, _on_its_device(model, batch, pad_id))
-    return losses.sum(), int(wanted.sum())
-
-
 def summed_losses(
     model: Any, batch: Sequence[EncodedSample], pad_id: int, copies: int = 1
 ) -> Tensor:
-    """That of each of ``copies`` of the batch, which stand one after another; ``[copies]``."""
-    losses, _ = token_losses(model, _on_its_device(model, [*batch] * copies, pad_id))
-    return losses.view(copies, -1).sum(dim=1)
+    """The loss (nats) summed over the batch's response tokens, ``[copies]`` in float32.
 
-
-def _on_its_device(model: Any, batch: Sequence[EncodedSample], pad_id: int) -> dict[str, Tensor]:
+    Of each of ``copies`` of the batch, which go through the model one after another in one pass.
+    """
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in collate(batch, pad_id).items()}
+    rows = {k: v.to(device) for k, v in collate([*batch] * copies, pad_id).items()}
+    losses, _ = token_losses(model, rows)
+    return losses.view(copies, -1).sum(dim=1)

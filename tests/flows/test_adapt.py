@@ -44,6 +44,17 @@ def samples_measured(job: Job, summary: Summary) -> int:
     return sum(m.cost["samples"] for m in manifests if m.run_id == summary.run_id)
 
 
+def seconds_of(job: Job, summary: Summary, at_least: int = 0) -> float:
+    """That a run's own measurements took, of shards with at least so many samples in them."""
+    manifests = [ref.manifest for ref in Store(job.store).refs("measurements")]
+    own = [m.cost for m in manifests if m.run_id == summary.run_id]
+    return sum(cost["wall_seconds"] for cost in own if cost["samples"] >= at_least)
+
+
+def cold_measurements(summary: Summary) -> float:
+    return sum(line.cold_seconds for line in summary.stages if line.name == "measurements")
+
+
 def gates(job: Job, summary: Summary, store: Path | None = None) -> dict[str, dict[str, float]]:
     scores = Store(store or job.store).resolve(summary.artifacts["scores"])
     return dict(scores.manifest.facts["gates"])
@@ -110,6 +121,10 @@ def test_the_last_gate_stops_measuring_when_enough_passed(job):
     assert samples_measured(job, few) == quarter["consistency"]["tried"]
     assert quarter["consistency"]["threshold"] == whole["consistency"]["threshold"]
     assert (few.selection.selected, few.selection.notes) == (60, [])
+    # paid are the first gate for all, and the last one for the quarter alone
+    first_gate = seconds_of(job, job.first, at_least=reached + 1)
+    assert first_gate < cold_measurements(job.first) == pytest.approx(seconds_of(job, job.first))
+    assert cold_measurements(few) == pytest.approx(first_gate + seconds_of(job, few))
 
     more = job.run(scoring={"enough": 8.0}, selection={"fraction": 0.05})
     assert more.artifacts["scores"] == job.first.artifacts["scores"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from p2d_core.heads.response_loss import batches, summed_loss
+from p2d_core.heads.response_loss import batches, summed_losses
 from p2d_core.samples.tokens import EncodedSample
 from tests.tiny import tiny_llama
 
@@ -21,10 +21,12 @@ def test_it_is_the_sum_over_response_tokens_whatever_the_batches():
             losses.append(float(-logits[place - 1, sample.input_ids[place]].detach()))
     assert len(losses) == 2 + 2 + 1
     for batch_size in (1, 2, 3):
-        parts = [summed_loss(model, batch, pad_id=0) for batch in batches(SAMPLES, batch_size)]
-        total = sum(float(loss.detach()) for loss, _ in parts)
-        assert total == pytest.approx(sum(losses), rel=1e-5)
-        assert sum(n_tokens for _, n_tokens in parts) == 5
+        for copies in (1, 3):
+            total = torch.zeros(copies)
+            for batch in batches(SAMPLES, batch_size):
+                total += summed_losses(model, batch, 0, copies).detach()
+            assert total.tolist() == pytest.approx([sum(losses)] * copies, rel=1e-5)
+    assert sum(sample.n_learnt for sample in SAMPLES) == 5
 
 
 def test_samples_of_like_length_share_a_batch():
