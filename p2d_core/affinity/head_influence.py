@@ -12,7 +12,7 @@ import torch
 
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
-from p2d_core.attention.capture import silenced
+from p2d_core.attention.silence import silenced
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample

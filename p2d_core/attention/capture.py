@@ -90,37 +90,6 @@ def mean_head_outputs(
     return _gather(model, layers, heads, input_ids, attention_mask, mean)
 
 
-@contextmanager
-def silenced(
-    model: nn.Module, layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
-) -> Iterator[None]:
-    """Inside, these heads' outputs are zero before the output projection."""
-    with ExitStack() as hooks:
-        for index, inside in _by_layer(layers, heads).items():
-            hooks.callback(_before(model, layers[index].o, _silencer(layers[index], inside)))
-        yield
-
-
-@contextmanager
-def silenced_in_turn(
-    model: nn.Module, layer: AttentionLayer, heads: Sequence[int]
-) -> Iterator[None]:
-    """Inside, a batch is as many equal parts as there are heads; in each, its head is silenced."""
-
-    def silence(inputs: Tensor) -> Tensor:
-        quiet = inputs.clone(memory_format=torch.contiguous_format)
-        parts = quiet.view(len(heads), -1, layer.n_query_heads, layer.head_dim)
-        for part, head in zip(parts, heads, strict=True):
-            part[:, head] = 0
-        return quiet
-
-    remove = _before(model, layer.o, silence)
-    try:
-        yield
-    finally:
-        remove()
-
-
 def attention_paid(
     model: nn.Module,
     layers: Sequence[AttentionLayer],
@@ -160,7 +129,7 @@ def attention_paid(
     collector = _PaidCollector(
         heads_by_module={
             id(model.get_submodule(layers[index].name)): (index, [head for _, head in inside])
-            for index, inside in _by_layer(layers, heads).items()
+            for index, inside in by_layer(layers, heads).items()
         },
         query_rows=query_rows.to(device).bool(),
         membership=_one_hot(segments.to(device), n_segments),
@@ -199,7 +168,7 @@ def _gather(
     keep: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Runs to the deepest wanted layer; ``keep`` sees ``[batch, tokens, heads, head_dim]``."""
-    wanted = _by_layer(layers, heads)
+    wanted = by_layer(layers, heads)
     deepest = max(wanted)
     kept: dict[int, Tensor] = {}
 
@@ -218,12 +187,12 @@ def _gather(
 
     with ExitStack() as hooks, torch.inference_mode():
         for index in wanted:
-            hooks.callback(_before(model, layers[index].o, reader(index)))
+            hooks.callback(before(model, layers[index].o, reader(index)))
         _run(model, input_ids, attention_mask)
     return _in_order(kept, layers, heads)
 
 
-def _before(
+def before(
     model: nn.Module, path: str, look: Callable[[Tensor], Tensor | None]
 ) -> Callable[[], None]:
     """Calls ``look`` with the module's input before it runs; returns what takes the hook away."""
@@ -233,20 +202,6 @@ def _before(
         return None if changed is None else (changed, *inputs[1:])
 
     return model.get_submodule(path).register_forward_pre_hook(hook).remove
-
-
-def _silencer(
-    layer: AttentionLayer, inside: Sequence[tuple[int, int]]
-) -> Callable[[Tensor], Tensor]:
-    heads = [head for _, head in inside]
-
-    def silence(inputs: Tensor) -> Tensor:
-        quiet = inputs.clone(memory_format=torch.contiguous_format)
-        by_head = quiet.view(*quiet.shape[:-1], layer.n_query_heads, layer.head_dim)
-        by_head[..., heads, :] = 0
-        return quiet
-
-    return silence
 
 
 # -- attention ---------------------------------------------------------------------------------
@@ -480,7 +435,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _by_layer(
+def by_layer(
     layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
 ) -> dict[int, list[tuple[int, int]]]:
     """Layer -> (place in ``heads``, head index) of the heads in it."""
@@ -501,7 +456,7 @@ def _in_order(
     kept: dict[int, Tensor], layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Joins what was kept of each layer along the heads' dimension, in the order of ``heads``."""
-    wanted = _by_layer(layers, heads)
+    wanted = by_layer(layers, heads)
     dim = 1 if next(iter(kept.values())).ndim == 3 else 2
     joined = torch.cat([kept[index] for index in wanted], dim=dim)
     places = [place for inside in wanted.values() for place, _ in inside]

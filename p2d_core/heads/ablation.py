@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from p2d_core.attention.capture import silenced_in_turn
 from p2d_core.attention.replay import recorded, replayed
+from p2d_core.attention.silence import silenced_in_turn
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.heads.response_loss import batches, summed_losses
 

@@ -17,10 +17,10 @@ from p2d_core.attention.capture import (
     attention_paid,
     capture_head_outputs,
     mean_head_outputs,
-    silenced,
 )
 from p2d_core.attention.kv_groups import kv_group_of
 from p2d_core.attention.layout import all_heads, attention_layers, head_slices, slices_of
+from p2d_core.attention.silence import silenced
 from p2d_core.errors import UnsupportedModelError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.heads.ranking import RankingEvidence, rankers

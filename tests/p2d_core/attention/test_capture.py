@@ -9,9 +9,9 @@ from p2d_core.attention.capture import (
     attention_paid,
     capture_head_outputs,
     mean_head_outputs,
-    silenced,
 )
 from p2d_core.attention.layout import attention_layers, head_slices
+from p2d_core.attention.silence import silenced
 from p2d_core.errors import HeadMapError, UnsupportedModelError
 from tests.families import family_model
 from tests.tiny import tiny, tiny_llama, token_batch

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from p2d_core.attention.capture import silenced, silenced_in_turn
 from p2d_core.attention.layout import attention_layers
 from p2d_core.attention.replay import recorded, replayed
+from p2d_core.attention.silence import silenced, silenced_in_turn
 from tests.families import FAMILIES, N_LAYERS, family_model
 
 BATCH = {
