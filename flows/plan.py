@@ -192,13 +192,19 @@ class _Planner:
         return self.rehearsal.head_proxy(self.settings.heads.include_kv)
 
     def _measuring(self, step: int) -> Estimate:
-        tried = self.rehearsal
-        passing = tried.passing.get(step - 1, 1.0)
-        if step and (scores := self.found.made("scores", step - 1)) is not None:
-            passing = scores.manifest.facts["passed"] / self.corpus
-        reached = self.corpus * passing
-        share = share_to_try(self.settings, self.inputs, step, round(reached), self.corpus)
-        return tried.measuring(step, reached * share)
+        if step == 0:
+            return self.rehearsal.measuring(step, self.corpus)
+        passed, share = self._passed(step - 1), 1.0
+        if step == 1 or self.found.made("scores", step - 1) is None:
+            first = round(self._passed(0))
+            share = share_to_try(self.settings, self.inputs, first, self.corpus)
+        return self.rehearsal.measuring(step, passed * share)
+
+    def _passed(self, step: int) -> float:
+        """Samples that passed the gates up to a step: of its scores, or of the share tried here."""
+        if (scores := self.found.made("scores", step)) is not None:
+            return float(scores.manifest.facts["passed"])
+        return self.corpus * self.rehearsal.passing.get(step, 1.0)
 
     def _scored(self, step: int) -> Estimate:
         return self.rehearsal.scoring(step, self.corpus)

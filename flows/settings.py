@@ -172,7 +172,7 @@ class ScoringSettings(Section):
     depth: Literal["heads"] | Share = "heads"
     """heads, or the share of the layers beyond which task heads are left out, if any is within."""
     enough: Annotated[float, Field(ge=1)] | None = None
-    """Times the wanted samples that pass before the last gate stops measuring; null: never."""
+    """Times the wanted samples: when so many passed, gates after the first stop; null: never."""
     tokens_per_batch: Count = 8192
     """Tokens in a forward pass; cannot change a result."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference
-from p2d_core.affinity.tried import first_share
+from p2d_core.affinity.tried import first_share, next_share
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import InUse, put_in_use
@@ -187,53 +189,82 @@ def rank_on(run: Run, target: ArtifactRef, ranker: Plugin) -> ArtifactRef:
 def score_corpus(run: Run, data: Data, heads: ArtifactRef | None, scorer: Plugin) -> ArtifactRef:
     """Measurements of every shard, then scores, for each step of the scorer.
 
-    ``heads`` may be None for a scorer that looks at none. The last gate is tried on a share of what
-    reached it, and on the rest only where too few of the share passed.
+    ``heads`` may be None for a scorer that looks at none. Gates after the first are tried on a
+    share of what passed it, and on a larger one where too few of the share passed.
     """
-    scores = tuned = None
-    for step in range(n_steps(scorer)):
-        one = scorer_step(scorer, step).scorer
-        if one.needs_head_proxy and tuned is None:
-            tuned = tune_heads(run, data, heads)
-        head_proxy = tuned if one.needs_head_proxy else None
-        task_heads = task_heads_of(heads if one.needs_heads else None)
-        shards = shards_of(data.corpus)
+    scoring = Scoring(run, data, heads, scorer)
+    first = scores = scoring.step(0, None, 1.0)
+    if n_steps(scorer) == 1:
+        return scores
+    share = 1.0
+    if not isinstance(first, NotMade):
+        facts = first.manifest.facts
+        share = share_to_try(run.settings, run.inputs, facts["passed"], facts["rows"])
+    while True:
+        scores = first
+        for step in range(1, n_steps(scorer)):
+            scores = scoring.step(step, scores, share if step == 1 else 1.0)
+        if share == 1 or isinstance(scores, NotMade):
+            return scores
+        facts = scores.manifest.facts
+        if facts["passed"] >= (wanted := run.inputs.selection.wanted(facts["rows"])):
+            return scores
+        share = next_share(share, facts["passed"], wanted)
+
+
+@dataclass
+class Scoring:
+    """The steps of a scorer on one corpus, and what is measured so far."""
+
+    run: Run
+    data: Data
+    heads: ArtifactRef | None
+    scorer: Plugin
+    _measured: dict[int, list[ArtifactRef]] = field(default_factory=dict)
+    """By step, for each shard."""
+
+    @cached_property
+    def tuned(self) -> ArtifactRef:
+        """The task heads tuned on the proxy set, for the steps that look through them."""
+        return tune_heads(self.run, self.data, self.heads)
+
+    def step(self, step: int, before: ArtifactRef | None, share: float) -> ArtifactRef:
+        """Scores of one step: of a share of what passed those ``before``."""
+        run, data = self.run, self.data
+        one = scorer_step(self.scorer, step).scorer
+        heads = self.heads if one.needs_heads else None
         looked_at = {
             "base": run.inputs.base,
-            "scorer": scorer,
+            "scorer": self.scorer,
             "step": step,
-            "task_heads": task_heads,
-            "head_proxy": head_proxy,
-            "heads": heads if one.needs_heads else None,
-            "previous": scores,
+            "task_heads": task_heads_of(heads),
+            "head_proxy": self.tuned if one.needs_head_proxy else None,
+            "heads": heads,
+            "previous": before,
         }
         measured_with = looked_at | {
             "measurer": measurer_of(one),
             "target": data.target if one.measures_target else None,
         }
-        before = scores
-        facts = before.manifest.facts if before is not None else {"passed": 0, "rows": 0}
-        first = share_to_try(run.settings, run.inputs, step, facts["passed"], facts["rows"])
-        for share in (first, 1.0):
-            passing = passing_in(before, share) or [None] * len(shards)
-            with run.ledger.stage("measurements") as made:
-                measured = measure_corpus(
-                    run.runtime, shards, passing, measured_with, one.runs_model
-                )
-                made += [ref for each in measured for ref in with_known(run.runtime, each)]
-            with run.ledger.stage("scores") as made:
-                scores = score(
-                    run.runtime,
-                    corpus=data.corpus,
-                    measurements=measured,
-                    target=data.target,
-                    **looked_at,
-                )
-                made.append(scores)
-            if share == 1 or isinstance(scores, NotMade) or enough_passed(run, scores):
-                break
-    assert scores is not None
-    return scores
+        shards = shards_of(data.corpus)
+        passing = passing_in(before, share) or [None] * len(shards)
+        known = self._measured.get(step) or [None] * len(shards)
+        with run.ledger.stage("measurements") as made:
+            measured = measure_corpus(
+                run.runtime, shards, passing, known, measured_with, one.runs_model
+            )
+            made += [ref for each in measured for ref in with_known(run.runtime, each)]
+        self._measured[step] = measured
+        with run.ledger.stage("scores") as made:
+            scores = score(
+                run.runtime,
+                corpus=data.corpus,
+                measurements=measured,
+                target=data.target,
+                **looked_at,
+            )
+            made.append(scores)
+        return scores
 
 
 def passing_in(scores: ArtifactRef | None, share: float) -> list[Passing | None]:
@@ -243,38 +274,35 @@ def passing_in(scores: ArtifactRef | None, share: float) -> list[Passing | None]
     return [Passing(sha, share) for sha in scores.manifest.facts["passing"]]
 
 
-def share_to_try(
-    settings: RunSettings, inputs: Inputs, step: int, reached: int, n_corpus: int
-) -> float:
-    """Of what ``reached`` a step, the share that it measures first."""
-    gate, enough = scorer_step(inputs.scorer, step).gate, settings.scoring.enough
-    spec, is_last = inputs.selection, step == n_steps(inputs.scorer) - 1
-    if step == 0 or not is_last or gate is None or enough is None or spec.quotas or spec.where:
+def share_to_try(settings: RunSettings, inputs: Inputs, passed: int, n_corpus: int) -> float:
+    """Of what ``passed`` the first gate, the share that the gates after it are tried on first."""
+    gates = [scorer_step(inputs.scorer, step).gate for step in range(1, n_steps(inputs.scorer))]
+    enough, spec = settings.scoring.enough, inputs.selection
+    if None in gates or enough is None or spec.quotas or spec.where:
         return 1.0
-    return first_share(reached, enough * spec.wanted(n_corpus), gate)
-
-
-def enough_passed(run: Run, scores: ArtifactRef) -> bool:
-    """Whether the subset can be drawn of what passed."""
-    facts = scores.manifest.facts
-    return bool(facts["passed"] >= run.inputs.selection.wanted(facts["rows"]))
+    expected = math.prod(1 - gate for gate in gates if gate is not None)
+    return first_share(passed, enough * spec.wanted(n_corpus), expected)
 
 
 def measure_corpus(
     runtime: Runtime,
     shards: list[ShardRef],
     passing: list[Passing | None],
+    known: Sequence[ArtifactRef | None],
     measured_with: dict[str, Any],
     runs_model: bool,
 ) -> list[ArtifactRef]:
-    """Every shard's measurements, in order: a task each where the model runs, else one for all."""
+    """Every shard's measurements, in order: a task each where the model runs, else one for all.
+
+    What is ``known`` of a shard is not measured again.
+    """
     pairs = list(zip(shards, passing, strict=True))
     if runtime.only_look:
         return [measure(runtime, shard=s, passing=p, known=None, **measured_with) for s, p in pairs]
     check_room_for(runtime, pairs, measured_with)
     each = [
-        {"shard": s, "passing": p, "known": known_of(runtime, s, p, measured_with)}
-        for s, p in pairs
+        {"shard": s, "passing": p, "known": there or known_of(runtime, s, p, measured_with)}
+        for (s, p), there in zip(pairs, known, strict=True)
     ]
     if not runs_model:
         return measure_together(runtime, each, measured_with)

@@ -145,13 +145,19 @@ ON_TEXT = {
 MAIN_ROWS = ON_TEXT | {"scorers": ("head-filter", "tfidf", "rds-plus", "random")}
 
 RANKERS = ("frobenius", "spad", *RANDOM_HEADS)
-SHIFT_GATE = {
-    "name": "head-filter",
-    "options": {"shift_quantile": 0.1},
-    "label": "head-filter, shift gate",
-}
+
+
+def shift_gate(quantile: float | None, label: str) -> dict[str, Any]:
+    """The default filter with its shift gate elsewhere, or without it."""
+    options = {"shift_quantile": quantile}
+    return {"name": "head-filter", "options": options, "label": f"head-filter, {label}"}
+
+
+TWO_GATES = shift_gate(None, "two gates")
+SHIFT_GATE = shift_gate(0.1, "shift 0.1")
 SCORERS: tuple[Any, ...] = (
     "head-filter",
+    TWO_GATES,
     SHIFT_GATE,
     "loss-filter",
     "head-activation",
@@ -291,6 +297,29 @@ STUDIES: dict[str, Study] = {
             ),
             "adaptations": ("heads", "full"),
             "everything": True,
+        },
+        trained=True,
+    ),
+    "gates": Study(
+        "With 100 proxy samples: which gates choose what is better to train on?",
+        {"plain": plain},
+        {
+            "rankers": ("frobenius",),
+            "scorers": (
+                "head-filter", TWO_GATES, shift_gate(0.0, "shift 0"),
+                shift_gate(0.03, "shift 0.03"), SHIFT_GATE, "loss-filter", "random",
+            ),
+            "adaptations": ("heads",),
+        },
+        trained=True,
+    ),
+    "few-proxies": Study(
+        "With 30 proxy samples: is the gate that chooses better there also better to train on?",
+        {"30 proxies": hard("plain", n_proxy=30)},
+        {
+            "rankers": ("frobenius", "random"),
+            "scorers": ("head-filter", TWO_GATES, SHIFT_GATE, "loss-filter", "tfidf", "random"),
+            "adaptations": ("heads", "full"),
         },
         trained=True,
     ),

@@ -112,16 +112,17 @@ def test_another_budget_recomputes_from_the_subset_on(job):
     assert computed(job.run(selection={"fraction": 0.05})) == ["subset", "model", "evaluation"]
 
 
-def test_the_last_gate_stops_measuring_when_enough_passed(job):
+def test_gates_after_the_first_stop_measuring_when_enough_passed(job):
     few = job.run(scoring={"enough": 1.0}, selection={"fraction": 0.05})
     whole, quarter = gates(job, job.first), gates(job, few)
     reached = whole["domain"]["passed"]
     assert whole["consistency"]["tried"] == reached
     assert 1 / 8 < quarter["consistency"]["tried"] / reached < 3 / 8
-    assert samples_measured(job, few) == quarter["consistency"]["tried"]
-    assert quarter["consistency"]["threshold"] == whole["consistency"]["threshold"]
+    assert quarter["shift"]["tried"] == quarter["consistency"]["passed"]
+    assert samples_measured(job, few) == sum(quarter[g]["tried"] for g in ("consistency", "shift"))
+    assert all(quarter[gate]["threshold"] == whole[gate]["threshold"] for gate in whole)
     assert (few.selection.selected, few.selection.notes) == (60, [])
-    # paid are the first gate for all, and the last one for the quarter alone
+    # paid are the first gate for all, and the others for the quarter alone
     first_gate = seconds_of(job, job.first, at_least=reached + 1)
     assert first_gate < cold_measurements(job.first) == pytest.approx(seconds_of(job, job.first))
     assert cold_measurements(few) == pytest.approx(first_gate + seconds_of(job, few))
@@ -155,6 +156,21 @@ def test_where_too_few_of_a_share_pass_the_rest_is_measured_too_and_paid_once(jo
     np.testing.assert_allclose(one["shift"], other["shift"], rtol=1e-4, atol=1e-5)
 
     # the rest was measured into what measuring all at once would have made
+    again = job.run(scoring=filtered, selection={"fraction": 0.05})
+    assert again.artifacts["scores"] == in_turn.artifacts["scores"]
+
+
+def test_a_larger_share_takes_over_what_every_later_gate_measured_of_a_smaller_one(job):
+    filtered = {
+        "options": {"domain_quantile": 0.0, "consistency_quantile": 0.0, "shift_quantile": 0.5}
+    }
+    in_turn = job.run(scoring=filtered | {"enough": 1.0}, selection={"fraction": 0.05})
+    tried = {name: gate["tried"] for name, gate in gates(job, in_turn).items()}
+    assert tried["consistency"] == gates(job, in_turn)["domain"]["passed"]  # all, in the end
+    refs = Store(job.store).refs("measurements")
+    own = [ref.manifest for ref in refs if ref.manifest.run_id == in_turn.run_id]
+    assert sum("known" in manifest.beside for manifest in own) == len(own) / 2 == 4
+    assert samples_measured(job, in_turn) == tried["consistency"] + tried["shift"]
     again = job.run(scoring=filtered, selection={"fraction": 0.05})
     assert again.artifacts["scores"] == in_turn.artifacts["scores"]
 

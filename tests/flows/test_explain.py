@@ -20,7 +20,7 @@ from tests.faults.small_job import SmallJob
 SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "head-influence": 0.25, "bm25": 0.5}}
 
 
-GATES = ("domain", "consistency")
+GATES = ("domain", "consistency", "shift")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_each_step_says_what_it_wanted_and_the_least_margin_is_the_affinity(job,
     gates = gates_of(job.by_filter)
     for stops, row in {row["gates_passed"]: row for row in scores.values()}.items():
         (one,) = as_json(row["sample_id"])["samples"]
-        by_scorer = ["head-activation", "head-proxy-loss"]
+        by_scorer = ["head-activation", "head-proxy-loss", "loss-shift"]
         assert [step["scorer"] for step in one["steps"]] == by_scorer
         for number, (name, step) in enumerate(zip(GATES, one["steps"], strict=True)):
             assert step["threshold"] == gates[name]
@@ -129,7 +129,7 @@ def test_each_step_says_what_it_wanted_and_the_least_margin_is_the_affinity(job,
         if stopped_at is not None:
             assert (one["reason"]["chosen"], one["reason"]["why"]) == (False, "stopped")
         assert 0 <= one["steps"][0]["target_lower"] <= 1
-    assert {row["gates_passed"] for row in scores.values()} == {0, 1, 2}
+    assert {row["gates_passed"] for row in scores.values()} == {0, 1, 2, 3}
 
 
 def test_heads_add_up_to_the_affinity_in_the_scores(job, as_json):
@@ -184,7 +184,7 @@ def test_the_screen_teaches_why(job, p2d):
     stopped = next(r for r in scores_of(job.by_filter).values() if r["gates_passed"] == 0)
     out = p2d("explain", stopped["sample_id"][:12].upper())[1]
     assert stopped["sample_id"] in out
-    assert "Not chosen\n  Stopped at domain, gate 1 of 2." in out
+    assert "Not chosen\n  Stopped at domain, gate 1 of 3." in out
     assert "not reached" in out
     assert "What passed more gates comes first." in out
 
@@ -343,7 +343,7 @@ def test_scores_of_another_version_of_their_scorer_are_not_explained_by_this_one
     (one,) = as_json("1")["samples"]
     assert one["looks"] == []
     assert (
-        "the scores are of version 0 of head-filter, and here is version 1-1-1" in one["notes"][0]
+        "the scores are of version 0 of head-filter, and here is version 2-1-1-1" in one["notes"][0]
     )
     assert one["reason"]["chosen"]
 
