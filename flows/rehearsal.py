@@ -166,6 +166,9 @@ class Rehearsal:
             passed = passing_ids(self._scores, 0) or there
             drawn = [sample for sample in drawn if sample.sample_id in passed]
         proxy = self.data.target.proxy
+        before = None
+        if step and (file := self.folder / f"{step - 1}-{MEASURED}").exists():
+            before = pq.read_table(file)
         state: dict[str, Any] = {}
 
         def prepare(size: int) -> None:
@@ -174,7 +177,7 @@ class Rehearsal:
             state["size"] = size
 
         def work(size: int) -> None:
-            measured = measure_shard(one, model, state["made"], drawn[:size])
+            measured = measure_shard(one, model, state["made"], drawn[:size], before)
             pq.write_table(measured, self.folder / f"{step}-{MEASURED}", compression="zstd")
             pq.write_table(to_table(drawn[:size]), self.folder / f"{step}-shard.parquet")
 

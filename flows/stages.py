@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from p2d_core.adaptation.adaptations import Full
 from p2d_core.aer import Reference
+from p2d_core.affinity import TakesOver
 from p2d_core.affinity.tried import first_share, next_share
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
@@ -50,7 +51,7 @@ from tasks.samples import (
     split_target,
 )
 from tasks.scores import score
-from tasks.stage import NotMade, Plugin, Runtime, ShardRef, SourceInput
+from tasks.stage import NotMade, Plugin, Runtime, SourceInput
 from tasks.subset import draw_subset
 from tasks.together import spread_out, together
 
@@ -248,11 +249,15 @@ class Scoring:
         }
         shards = shards_of(data.corpus)
         passing = passing_in(before, share) or [None] * len(shards)
-        known = self._measured.get(step) or [None] * len(shards)
+        nothing: list[ArtifactRef | None] = [None] * len(shards)
+        known = self._measured.get(step) or nothing
+        taken_over = self._measured[step - 1] if step and isinstance(one, TakesOver) else nothing
+        each = [
+            {"shard": shard, "passing": passes, "before": taken, "known": there}
+            for shard, passes, taken, there in zip(shards, passing, taken_over, known, strict=True)
+        ]
         with run.ledger.stage("measurements") as made:
-            measured = measure_corpus(
-                run.runtime, shards, passing, known, measured_with, one.runs_model
-            )
+            measured = measure_corpus(run.runtime, each, measured_with, one.runs_model)
             made += [ref for each in measured for ref in with_known(run.runtime, each)]
         self._measured[step] = measured
         with run.ledger.stage("scores") as made:
@@ -285,25 +290,16 @@ def share_to_try(settings: RunSettings, inputs: Inputs, passed: int, n_corpus: i
 
 
 def measure_corpus(
-    runtime: Runtime,
-    shards: list[ShardRef],
-    passing: list[Passing | None],
-    known: Sequence[ArtifactRef | None],
-    measured_with: dict[str, Any],
-    runs_model: bool,
+    runtime: Runtime, each: list[dict[str, Any]], measured_with: dict[str, Any], runs_model: bool
 ) -> list[ArtifactRef]:
     """Every shard's measurements, in order: a task each where the model runs, else one for all.
 
-    What is ``known`` of a shard is not measured again.
+    ``each`` are the inputs of `measure` that are a shard's own.
     """
-    pairs = list(zip(shards, passing, strict=True))
     if runtime.only_look:
-        return [measure(runtime, shard=s, passing=p, known=None, **measured_with) for s, p in pairs]
-    check_room_for(runtime, pairs, measured_with)
-    each = [
-        {"shard": s, "passing": p, "known": there or known_of(runtime, s, p, measured_with)}
-        for (s, p), there in zip(pairs, known, strict=True)
-    ]
+        return [measure(runtime, **of_shard, **measured_with) for of_shard in each]
+    check_room_for(runtime, [(one["shard"], one["passing"]) for one in each], measured_with)
+    each = [one | {"known": one["known"] or known_of(runtime, one, measured_with)} for one in each]
     if not runs_model:
         return measure_together(runtime, each, measured_with)
     rounds = spread_out("measurements", {"runtime": runtime, **measured_with}, each)
@@ -317,8 +313,8 @@ def measure_corpus(
             )
             for place, future in zip(places, futures, strict=True):
                 made[place] = future.result()
-                progress(len(made), len(shards))
-    return [made[place] for place in range(len(shards))]
+                progress(len(made), len(each))
+    return [made[place] for place in range(len(each))]
 
 
 def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:

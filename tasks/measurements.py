@@ -93,7 +93,7 @@ def _sent(
 
 @stage(
     "measurements",
-    outside_key=("scorer", "step", "heads", "previous", "known"),
+    outside_key=("scorer", "step", "heads", "previous", "before", "known"),
     room=_room,
     sent=_sent,
 )
@@ -111,6 +111,7 @@ def measure(
     target: ArtifactRef | None,
     heads: ArtifactRef | None,
     previous: ArtifactRef | None,
+    before: ArtifactRef | None,
     known: ArtifactRef | None,
 ) -> None:
     """Measures the samples of a shard that passed the steps before, or a share of them.
@@ -118,21 +119,23 @@ def measure(
     In the key stands what measure() reads and no more: of the scorer ``measurer``, of the head map
     the task heads, of the steps before which samples of this shard they let pass (``passing``),
     the target only if the scorer measures it. Another target, or another ranking that ends in the
-    same heads, measures nothing again; nor does a larger share what is ``known`` of a smaller one.
+    same heads, measures nothing again; nor does a larger share what is ``known`` of a smaller one,
+    or a step what the one ``before`` measured of the shard.
     """
     one = scorer_step(scorer, step).scorer
     model = model_for(base, runtime, head_proxy)
     samples = _passed(shard, passing, previous)
-    before = pq.read_table(known.path / MEASURED) if known is not None else None
-    there = set(before["sample_id"].to_pylist()) if before is not None else set()
+    smaller = pq.read_table(known.path / MEASURED) if known is not None else None
+    there = set(smaller["sample_id"].to_pylist()) if smaller is not None else set()
     new = [sample for sample in samples if sample.sample_id not in there]
     of_target = target_of(target) if target is not None else NO_TARGET
     state = one.prepare(model, head_map_of(heads), of_target)
-    measured = measure_shard(one, model, state, new)
+    of_before = pq.read_table(before.path / MEASURED) if before is not None else None
+    measured = measure_shard(one, model, state, new, of_before)
     making.samples = len(new)
     making.tokens = sum(measured["n_tokens"].to_pylist())
-    if before is not None:
-        measured = in_order_of(samples, [measured, before])
+    if smaller is not None:
+        measured = in_order_of(samples, [measured, smaller])
     pq.write_table(measured, making.folder / MEASURED, compression="zstd")
 
 
@@ -150,15 +153,16 @@ def _passed(shard: ShardRef, passing: Passing | None, previous: ArtifactRef | No
 
 
 def known_of(
-    runtime: Runtime, shard: ShardRef, passing: Passing | None, measured_with: Mapping[str, Any]
+    runtime: Runtime, of_shard: Mapping[str, Any], measured_with: Mapping[str, Any]
 ) -> ArtifactRef | None:
     """What is measured already of the largest smaller share of what passed."""
-    if passing is None or runtime.only_look:
+    passing: Passing | None = of_shard["passing"]
+    if passing is None:
         return None
     store = Store(Path(runtime.store))
     for share in sorted(SHARES, reverse=True):
         if share < passing.share:
-            recipe = _recipe(shard, replace(passing, share=share), measured_with)
+            recipe = _recipe(of_shard["shard"], replace(passing, share=share), measured_with)
             if (found := store.find(recipe.stage, recipe.key)) is not None:
                 return found
     return None

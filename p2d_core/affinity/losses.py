@@ -61,7 +61,7 @@ class HeadProxyLoss:
 class LossShift:
     """What tuning the task heads on the proxy set took off the response's loss.
 
-    Costs two forward passes a sample.
+    Costs two forward passes a sample, and one where the step before has measured the tuned loss.
 
     Source: ours; near to the excess loss of RHO-1 (arXiv 2404.07965) with heads alone tuned.
     """
@@ -72,6 +72,7 @@ class LossShift:
     runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
+    takes_over: ClassVar[tuple[str, ...]] = ("tuned_loss",)
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``held_out`` [n]: shifts of the held-out target samples, with a target."""
@@ -81,10 +82,15 @@ class LossShift:
         self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
     ) -> dict[str, Any]:
         """``base_loss`` and ``tuned_loss``: nats a response token, float32."""
-        return {
-            "base_loss": model.response_losses(model.encode(shard)).numpy(),
-            "tuned_loss": _tuned_losses(model, shard).numpy(),
-        }
+        tuned = pa.table({"tuned_loss": _tuned_losses(model, shard).numpy()})
+        return self.measure_rest(model, state, shard, tuned)
+
+    def measure_rest(
+        self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample], there: pa.Table
+    ) -> dict[str, Any]:
+        """The same with the tuned losses of head-proxy-loss."""
+        base = model.response_losses(model.encode(shard)).numpy()
+        return {"base_loss": base, "tuned_loss": there["tuned_loss"]}
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """Nats a response token; above 0 where the tuned heads know better."""

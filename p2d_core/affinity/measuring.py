@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from p2d_core.affinity.protocol import Scorer, ScorerState
+from p2d_core.affinity.protocol import Scorer, ScorerState, TakesOver
 from p2d_core.errors import NumericalError
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -21,9 +21,16 @@ SAMPLE_COLUMNS = ("source", "prompt", "response")
 
 
 def measure_shard(
-    scorer: Scorer, model: CapturedModel, state: ScorerState, shard: Sequence[Sample]
+    scorer: Scorer,
+    model: CapturedModel,
+    state: ScorerState,
+    shard: Sequence[Sample],
+    before: pa.Table | None = None,
 ) -> pa.Table:
     """What the scorer measures, with ``sample_id`` and token counts; a row a sample, in order.
+
+    Args:
+        before: what the step before measured, of these samples and others.
 
     Raises:
         NumericalError: a measured value is no number.
@@ -35,8 +42,22 @@ def measure_shard(
         "n_response_tokens": pa.array([sample.n_learnt for sample in encoded], pa.int32()),
     }
     if shard:
-        columns |= scorer.measure(model, state, shard)
+        there = _there(scorer, columns["sample_id"], before)
+        if there is not None and isinstance(scorer, TakesOver):
+            columns |= scorer.measure_rest(model, state, shard, there)
+        else:
+            columns |= scorer.measure(model, state, shard)
     return _checked(pa.table(columns))
+
+
+def _there(scorer: Scorer, ids: pa.Array, before: pa.Table | None) -> pa.Table | None:
+    """What the scorer can take over for all samples; None if that is not so."""
+    if before is None or not isinstance(scorer, TakesOver):
+        return None
+    rows = pc.index_in(ids, before["sample_id"].combine_chunks())
+    if rows.null_count or not {*scorer.takes_over} <= {*before.column_names}:
+        return None
+    return before.select(list(scorer.takes_over)).take(rows)
 
 
 def in_order_of(samples: Sequence[Sample], measured: Sequence[pa.Table]) -> pa.Table:

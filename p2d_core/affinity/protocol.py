@@ -139,6 +139,22 @@ class ByProxy(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesOver(Protocol):
+    """A scorer of which the step before may have measured some columns already."""
+
+    @property
+    def takes_over(self) -> tuple[str, ...]:
+        """Columns of `measure`, by name."""
+        ...
+
+    def measure_rest(
+        self, model: CapturedModel, state: ScorerState, shard: Sequence[Sample], there: pa.Table
+    ) -> dict[str, Any]:
+        """As `measure`, with the columns that are ``there``, a row a sample, in order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One scorer of a chain, with the gate to the next."""

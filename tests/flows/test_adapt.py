@@ -170,6 +170,7 @@ def test_a_larger_share_takes_over_what_every_later_gate_measured_of_a_smaller_o
     refs = Store(job.store).refs("measurements")
     own = [ref.manifest for ref in refs if ref.manifest.run_id == in_turn.run_id]
     assert sum("known" in manifest.beside for manifest in own) == len(own) / 2 == 4
+    assert sum("before" in manifest.beside for manifest in own) == 4  # the tuned loss is there
     assert samples_measured(job, in_turn) == tried["consistency"] + tried["shift"]
     again = job.run(scoring=filtered, selection={"fraction": 0.05})
     assert again.artifacts["scores"] == in_turn.artifacts["scores"]

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -172,6 +173,22 @@ def test_loss_shift_is_what_tuning_took_off_the_loss(model, heads):
     np.testing.assert_allclose(
         affinities("head-proxy-loss", model, heads, [corpus]), -after.double(), atol=1e-6
     )
+
+
+def test_loss_shift_takes_over_tuned_losses_that_the_step_before_measured(model, heads):
+    corpus = samples(6)
+    shift, state = scorers.make("loss-shift", {}), {}
+    before = measure_shard(scorers.make("head-proxy-loss", {}), model, {}, corpus)
+    doubled = before.set_column(3, "tuned_loss", pc.multiply(before["tuned_loss"], 2.0))
+    some = [corpus[4], corpus[1]]
+    taken = measure_shard(shift, model, state, some, doubled)
+    assert taken["tuned_loss"].to_pylist() == doubled["tuned_loss"].take([4, 1]).to_pylist()
+    # not all are there, or the step before measured something else: it measures them itself
+    activations = measure_shard(scorers.make("loss", {}), model, {}, corpus)
+    for lacking in (doubled.slice(2), activations, None):
+        measured = measure_shard(shift, model, state, some, lacking)
+        np.testing.assert_allclose(measured["tuned_loss"], before["tuned_loss"].take([4, 1]), 1e-5)
+        np.testing.assert_allclose(measured["base_loss"], taken["base_loss"], 1e-5)
 
 
 def test_response_losses_equal_the_models_own(model):
