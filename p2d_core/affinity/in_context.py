@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from p2d_core.attention.capture import attention_paid
+from p2d_core.attention.paid import attention_paid
 from p2d_core.models import CapturedModel, most_tokens
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import EncodedSample, each_batch

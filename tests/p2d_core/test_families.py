@@ -13,13 +13,10 @@ from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.adaptation.exact_lora import export_lora
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.slices import TunedSlices
-from p2d_core.attention.capture import (
-    attention_paid,
-    capture_head_outputs,
-    mean_head_outputs,
-)
+from p2d_core.attention.capture import capture_head_outputs, mean_head_outputs
 from p2d_core.attention.kv_groups import kv_group_of
 from p2d_core.attention.layout import all_heads, attention_layers, head_slices, slices_of
+from p2d_core.attention.paid import attention_paid
 from p2d_core.attention.silence import silenced
 from p2d_core.errors import UnsupportedModelError
 from p2d_core.heads.head_map import HeadMap

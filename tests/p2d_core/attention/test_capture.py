@@ -5,12 +5,9 @@ import pytest
 import torch
 from transformers import MistralConfig, Qwen2Config
 
-from p2d_core.attention.capture import (
-    attention_paid,
-    capture_head_outputs,
-    mean_head_outputs,
-)
+from p2d_core.attention.capture import capture_head_outputs, mean_head_outputs
 from p2d_core.attention.layout import attention_layers, head_slices
+from p2d_core.attention.paid import attention_paid
 from p2d_core.attention.silence import silenced
 from p2d_core.errors import HeadMapError, UnsupportedModelError
 from tests.families import family_model
