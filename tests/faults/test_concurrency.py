@@ -84,7 +84,7 @@ def test_runs_at_once_make_each_artifact_once(
 
 
 @pytest.mark.parametrize(
-    "stage", trials(["proxy", "measurements", "model", "samples", "scores", "evaluation"], quick=1)
+    "stage", trials(["proxy", "measurements", "model", "samples", "scores", "evaluation"], quick=0)
 )
 def test_when_the_one_that_computes_is_killed_another_goes_on_within_seconds(
     stage: str, warm: Warm, undisturbed: Undisturbed, empty: Path

@@ -7,7 +7,7 @@ import pytest
 
 
 def trials(cases: Iterable[Any], quick: int) -> list[Any]:
-    """For ``pytest.mark.parametrize``: about ``quick`` of them, spread evenly, in `make test`."""
+    """For ``pytest.mark.parametrize``: ``quick`` of them in `make test`, spread evenly."""
     listed = list(cases)
     step = max(1, len(listed) // max(1, quick))
     return [
