@@ -19,6 +19,7 @@ from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, sto
 from flows.ledger import Ledger
 from flows.planned import kept_plan
 from flows.report import make_summary, rerun_command
+from flows.scoring import score_corpus
 from flows.settings import RunSettings, anchored
 from flows.stages import (
     IN_USE,
@@ -31,7 +32,6 @@ from flows.stages import (
     other_arms,
     read_data,
     reuse_heads,
-    score_corpus,
     train,
     use_from_now_on,
 )

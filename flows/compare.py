@@ -24,6 +24,7 @@ from flows.killed import untagged
 from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
+from flows.scoring import score_corpus
 from flows.settings import RunSettings, anchored
 from flows.settings_compare import Choice
 from flows.stages import (
@@ -36,7 +37,6 @@ from flows.stages import (
     evaluate,
     find_heads,
     read_data,
-    score_corpus,
     train,
 )
 from p2d_core.adaptation.adaptations import adaptations

@@ -11,6 +11,7 @@ from typing import Any
 
 from flows.inputs import Inputs, make_runtime
 from flows.ledger import Ledger
+from flows.scoring import score_corpus
 from flows.settings import RunSettings
 from flows.stages import (
     Run,
@@ -22,7 +23,6 @@ from flows.stages import (
     find_heads,
     read_data,
     reuse_heads,
-    score_corpus,
     train,
     train_full,
 )

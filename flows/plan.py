@@ -23,8 +23,9 @@ from flows.looking import look_up, uses_head_proxy
 from flows.planned import keep_plan, plan_key
 from flows.preview import Preview, preview
 from flows.rehearsal import Rehearsal
+from flows.scoring import share_to_try
 from flows.settings import RunSettings
-from flows.stages import FULL, NO_HEADS, share_to_try
+from flows.stages import FULL, NO_HEADS
 from flows.timing import Budget
 from p2d_core.adaptation.adaptations import Heads
 from p2d_core.aer import AER, AER_STAGES, Cost, Reference, machine_name, measured

@@ -18,8 +18,9 @@ from flows.inputs import make_runtime
 from flows.launch import launch, ranked_bases
 from flows.ledger import Ledger
 from flows.report import label_in, labels_of
+from flows.scoring import score_corpus
 from flows.settings import RunSettings
-from flows.stages import Run, choose, find_heads, read_data, score_corpus
+from flows.stages import Run, choose, find_heads, read_data
 from p2d_core.affinity.scoring import SCORES
 from p2d_core.comparison.arms import NONE
 from p2d_core.store import ArtifactRef, Store

@@ -27,6 +27,7 @@ from benchmarks.evidence.studies import EVERYTHING, SUBSET, Study, Variant
 from flows.inputs import check_inputs, make_runtime
 from flows.launch import launch
 from flows.ledger import Ledger
+from flows.scoring import score_corpus
 from flows.settings import RunSettings
 from flows.stages import (
     Data,
@@ -36,7 +37,6 @@ from flows.stages import (
     evaluate,
     find_heads,
     read_data,
-    score_corpus,
     train,
 )
 from p2d_core.affinity.head_activation import OUTPUTS
