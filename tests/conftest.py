@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 for name in [name for name in os.environ if name.startswith(("PREFECT_", "P2D_", "MLFLOW_"))]:
     del os.environ[name]
 _home = tempfile.TemporaryDirectory(prefix="p2d-tests-")
-# nobody looks at the tests' events; a fifth of what a flow of twenty tasks costs the server
+# nobody looks at the tests' events
 os.environ["PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED"] = "false"
 prepare_environment(Path(_home.name))

@@ -22,7 +22,7 @@ class HeadFilter:
     what the base knew already does not show. With few proxy samples it is this gate that keeps
     out what only looks like the target.
     Costs a forward pass a sample to the deepest task head, a whole one of what passed domain, and
-    two of what passed consistency.
+    another of what passed consistency.
 
     Source: ours.
     """

@@ -19,7 +19,7 @@ class LossFilter:
     what the base knew already does not show. It finds the target under surfaces that the proxy
     samples do not have, where activations are no guide.
 
-    Costs a whole forward pass a sample, and two more of what passes the first gate.
+    Costs a whole forward pass a sample, and another of what passes the first gate.
 
     Source: ours.
     """
