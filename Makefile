@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# images of Python often set it: every start would then compile its libraries anew, for 5 s
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types imports pytest stack-test operations-test slow faults bench evidence clean
 
