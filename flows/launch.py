@@ -38,11 +38,11 @@ def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
     """
     from prefect import tags
 
-    end_orphans(store)
-    wait_for_server()
-    clear_killed(store)
     run_id = new_run_id()
     try:
+        end_orphans(store)
+        wait_for_server()
+        clear_killed(store)
         with noted(store, run_id), tags(run_id), _without_heartbeats():
             return run(run_id)
     except Exception as error:
