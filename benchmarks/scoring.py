@@ -366,7 +366,7 @@ def _peak_megabytes(corpus: _Corpus) -> float:
         "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
         "scoring.GrowthRun()(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2]))); "
         # not ru_maxrss: a child begins with what its parent had
-        "from benchmarks.memory import resident; print(resident('VmHWM'))"
+        "from p2d_core.memory import resident_bytes; print(resident_bytes('VmHWM') / 2**20)"
     )
     words = [sys.executable, "-c", program, str(corpus.folder), str(corpus.n)]
     done = subprocess.run(

@@ -15,6 +15,7 @@ from flows.environment import wait_for_server
 from flows.killed import clear_killed, end_orphans, noted
 from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
+from flows.settings import named_after
 from p2d_core.errors import ArtifactError, P2DError
 from p2d_core.store import ArtifactRef, Store
 
@@ -100,7 +101,7 @@ def run_name(kind: str = "") -> str:
     from prefect.runtime import flow_run
 
     settings = flow_run.parameters["settings"]
-    target = settings.target.name or Path(settings.target.path).stem
+    target = settings.target.name or named_after(settings.target.path)
     return f"{settings.name}{kind} on {target}, {time.strftime('%Y-%m-%d')}"
 
 

@@ -71,6 +71,7 @@ def make_summary(
         selection=_selection(settings, corpus, last["scores"], subset),
         rejected=_rejected(sources),
         trainable=TrainableSummary(
+            adaptation=facts["adaptation"],
             parameters=facts["trainable"],
             share_of_model=facts["share_of_model"],
             share_of_attention=facts["share_of_attention"],

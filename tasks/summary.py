@@ -92,8 +92,9 @@ class SelectionSummary(BaseModel):
 
 
 class TrainableSummary(BaseModel):
-    """How much of the model may move."""
+    """How much of the model may move, and by which adaptation."""
 
+    adaptation: str = "heads"
     parameters: int
     share_of_model: float
     share_of_attention: float

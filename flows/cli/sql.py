@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, existing_store
+from flows.cli.text import printable
 from p2d_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    # control characters in a sample must not reach the terminal
-    text = str(value)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+    return printable(str(value)[:200])
 
 
 def _is_number(kind: Any) -> bool:

@@ -183,7 +183,7 @@ class Page:
             (
                 arm,
                 ARM_NAMES[arm],
-                trained_on(arm, self.share),
+                trained_on(arm, self.share, self.summary.trainable.adaptation),
                 f"{value:.3f}",
                 f"{quality.retention[arm]:.3f}" if arm in quality.retention else "",
             )
