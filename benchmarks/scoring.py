@@ -132,10 +132,7 @@ class _Bench:
         forward = self.forward_of(corpus)
         chain = HeadFilter(depth=DEPTH)
         target = Target(samples(CHAIN_PROXIES, seed=1), samples(CHAIN_PROXIES // 2, seed=2))
-        model = replace(self.model, tuned=self.tuned)
-        model.__dict__.update(
-            {k: v for k, v in self.model.__dict__.items() if k in ("model", "layers", "tokenizer")}
-        )
+        model = self.model.with_tuned(self.tuned)
         with tempfile.TemporaryDirectory() as folder:
             run = ChainRun(chain, model, self.heads, target)
             run.let_pass(IN_DOMAIN, corpus, samples(WIDER, seed=5, in_domain=IN_DOMAIN))

@@ -87,6 +87,7 @@ def make_summary(
             full_spread_seconds=reference.spread_seconds,
             stages=dict(cold.stages),
             stages_this_run=dict(now.stages),
+            machines=ledger.machines(),
         ),
         stages=lines,
         reused=[line.name for line in lines if line.reused],

@@ -232,6 +232,10 @@ class ArmsSettings(Section):
     """Steps that are timed when full is calibrated, after 3 that are not."""
 
 
+TagName = Annotated[str, Field(max_length=250, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_ .:/-]*$")]
+"""As MLflow takes one."""
+
+
 class TrackingSettings(Section):
     """Where runs are recorded."""
 
@@ -239,7 +243,7 @@ class TrackingSettings(Section):
     """MLflow experiment."""
     uri: str | None = None
     """MLflow server; if empty MLFLOW_TRACKING_URI, or else SQLite and a folder in the store."""
-    tags: dict[str, str] = {}
+    tags: dict[TagName, str] = {}
     """Further tags of the run."""
 
 

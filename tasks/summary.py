@@ -155,6 +155,18 @@ class AERSummary(BaseModel):
     stages: dict[str, float]
     """Cold seconds by term: proxy, heads, scores, subset, model."""
     stages_this_run: dict[str, float]
+    machines: list[str] = []
+    """On which the model was run for any of it."""
+
+    @property
+    def caveat(self) -> str:
+        """What makes the ratio say little; empty if nothing does."""
+        if len(self.machines) < 2:
+            return ""
+        return (
+            f"The seconds of the AER are of several machines ({'; '.join(self.machines)}): their "
+            "ratio says little. A run in a new store is of one."
+        )
 
 
 class RegisteredSummary(BaseModel):

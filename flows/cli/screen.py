@@ -174,6 +174,8 @@ def _aer(summary: Summary, console: Console) -> None:
         Text(times(1 / aer.this_run if aer.this_run > 0 else 0.0), "bold"),
     )
     _section(console, "Alignment Efficiency Ratio (seconds; lower AER is better)", table)
+    if aer.caveat:
+        say(console, aer.caveat, style="yellow")
     if aer.cold >= 1:
         say(
             console,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,13 @@ class CapturedModel:
     def budget(self) -> TokenBudget:
         """Of the batches: ``tokens_per_batch``, or less once memory ran out."""
         return TokenBudget(self.tokens_per_batch)
+
+    def with_tuned(self, tuned: TunedSlices) -> CapturedModel:
+        """The same with tuned slices at hand; the weights are loaded once and serve both."""
+        _ = self.model
+        other = replace(self, tuned=tuned)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "tuned"})
+        return other
 
     @property
     def pad_id(self) -> int:
