@@ -259,6 +259,13 @@ def test_a_given_head_map_skips_proxy_and_ranking(job):
     assert given.heads.ids == job.first.heads.ids
     other = job.run(head_map=job.first.artifacts["heads"], heads={"ranker": "ablation"})
     assert other.heads.ranker == "frobenius"
+    assert given.selection.notes == job.first.selection.notes
+    assert other.selection.notes[-1] == (
+        "heads.* of the settings was not looked at: the head map that was given is by frobenius, "
+        "with heads.fraction 0.1"
+    )
+    wide = job.run(head_map=job.first.artifacts["heads"], heads={"fraction": 0.5})
+    assert wide.selection.notes == other.selection.notes
 
 
 def test_a_given_head_map_still_has_its_price(job):
