@@ -166,7 +166,7 @@ class ScoringSettings(Section):
     """How every sample of the corpus gets its affinity."""
 
     scorer: str = "head-filter"
-    """head-filter (default), another of those in p2d_core/affinity, or sum (of several)."""
+    """head-filter, or another of those that `p2d config --list scorers` explains."""
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"
