@@ -207,7 +207,7 @@ class Summary(BaseModel):
     """Stage (or stage of an arm, such as model_random) -> folder relative to the working folder."""
     mlflow: dict[str, str] = {}
     registered: RegisteredSummary | None = None
-    """None where the registry is turned off or did not answer."""
+    """None where the registry is turned off."""
     command: str = ""
     """Runs it again, from the folder that the run was started in."""
     report: str = ""

@@ -32,10 +32,9 @@ def sql(
 ) -> None:
     """Ask the store in SQL. Reads only: nothing is changed, nothing else is read.
 
-    Tables: scores, heads, samples, subset, evaluation, measurements, comparison (each with the
-    artifact's key) and runs. [bold]p2d sql "SHOW TABLES"[/bold] and
-    [bold]p2d sql "DESCRIBE scores"[/bold] say
-    which are there and what is in them.
+    Tables: scores, heads, samples, rejected, subset, evaluation, measurements, comparison,
+    comparison_samples (each with the artifact's key) and runs. [bold]p2d sql "SHOW TABLES"[/bold]
+    and [bold]p2d sql "DESCRIBE scores"[/bold] say which are there and what is in them.
 
     Example: [bold]p2d sql "SELECT source, avg(affinity) FROM scores GROUP BY source"[/bold]
     """
