@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import transformers as hf
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import normalize
 
 from p2d_core.adaptation.adaptations import adaptations
@@ -438,6 +438,35 @@ def test_head_gradient_is_that_of_the_heads_own_slices(family, include_kv, tmp_p
 
     expected = cosines_one_by_one(model, captured.encode(target), gradient)
     assert expected.min() < 0.9
+    torch.testing.assert_close(proxy @ proxy.T, expected, atol=1e-4, rtol=0)
+
+
+@every_family
+def test_less_has_the_gradients_of_one_lora_a_projection_as_peft_has_them(family, tmp_path):
+    captured, target = captured_family(family, tmp_path), samples(5)
+    options = {"rank": 2, "alpha": 8, "epochs": 1, "learning_rate": 1e-2, "dimensions": 10**6}
+    state = scorers.make("less", options).prepare(captured, None, Target(target, ()))
+    paths = [path for layer in layers_of(family) for path in layer.modules]
+    assert sum(name.startswith("a.") for name in state) == len(paths)
+    config = LoraConfig(
+        r=2,
+        lora_alpha=8,
+        target_modules=paths,
+        fan_in_fan_out=FAMILIES[family].transposed,
+        task_type="CAUSAL_LM",
+    )
+    network = get_peft_model(family_model(family), config)
+    weights = []
+    for i, path in enumerate(paths):
+        module = network.base_model.model.get_submodule(path)
+        weights += [module.lora_A["default"].weight, module.lora_B["default"].weight]
+        weights[-2].data.copy_(state[f"a.{i}"])
+        weights[-1].data.copy_(state[f"b.{i}"])
+        assert weights[-1].any()
+    expected = cosines_one_by_one(
+        network, captured.encode(target), lambda: [weight.grad for weight in weights]
+    )
+    proxy = state["proxy"]
     torch.testing.assert_close(proxy @ proxy.T, expected, atol=1e-4, rtol=0)
 
 
