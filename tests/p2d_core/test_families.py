@@ -526,3 +526,19 @@ def test_attention_is_not_read_in_eager_mode_where_that_is_another_attention():
     got = capture_head_outputs(model, layers, [(0, 5)], ids, mask)
     values = last_of_each("query_key_value", N_HEADS)(attention, given[0].clone())
     torch.testing.assert_close(got[:, 0, 0], values[:, 0, 5], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_eager_attention_is_not_taken_for_the_same_where_outputs_show_nothing(value):
+    model = family_model("falcon, multi-query")
+    layers = attention_layers(model)
+    values = head_slices(layers[0], 0)["v"]  # of all heads
+    weight = model.get_submodule(values.module).weight.data
+    weight.narrow(values.dim, values.start, values.stop - values.start).fill_(value)
+    ids, mask = token_batch(LENGTHS)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"whether FalconForCausalLM's eager attention is its sdpa attention cannot be told: "
+        r".* all 0 or no numbers\. Look at the weights",
+    ):
+        attention_paid(model, layers, HEADS, ids, mask, mask, mask - 1, 1)
