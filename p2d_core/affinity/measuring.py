@@ -30,6 +30,9 @@ def measure_shard(
 ) -> pa.Table:
     """What the scorer measures, with ``sample_id`` and token counts; a row a sample, in order.
 
+    ``n_response_tokens`` are the tokens that the loss is on: of a conversation those of its earlier
+    answers too.
+
     Args:
         before: what the step before measured, of these samples and others.
 

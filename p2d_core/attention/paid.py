@@ -67,6 +67,7 @@ def attention_paid(
 
     Raises:
         ValueError: a sample has no query row.
+        HeadMapError: there are no heads, or one is not in the model.
         UnsupportedModelError: its eager attention does not give its probabilities either, or is
             not the same attention.
     """
