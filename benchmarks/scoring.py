@@ -206,10 +206,7 @@ class ChainRun:
 def ranked(model: CapturedModel, proxies: Sequence[Sample]) -> tuple[HeadMap, TunedSlices]:
     """A head map by sPAD after a few steps of a proxy run, and the task heads' slices after it."""
     network, layers = model.model, model.layers
-    every = slices_of(
-        layers, [(i, h) for i in range(len(layers)) for h in range(layers[0].n_query_heads)]
-    )
-    before = TunedSlices.from_model(network, every)
+    before = attention_slices(network, layers)
     Attention().attach(network, layers, None, "")
     moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4, weight_decay=0.0)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -46,11 +46,6 @@ class Cost:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a manifest."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Cost:
-        """The inverse of `as_dict`; keys of a later version are left out."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 @cache

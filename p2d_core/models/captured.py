@@ -117,7 +117,12 @@ class CapturedModel:
 
     @contextmanager
     def looking_through(self, *, tuned: bool) -> Iterator[None]:
-        """With ``tuned`` the task heads' tuned slices stand in the model while the block runs."""
+        """With ``tuned`` the task heads' tuned slices stand in the model while the block runs.
+
+        Raises:
+            ValueError: ``tuned``, but the model was made without tuned slices.
+            ModelError: the tuned slices are of another model.
+        """
         if tuned and self.tuned is None:
             raise ValueError("this model was made without tuned slices")
         with (
