@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,34 +12,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-STATUS = Path("/proc/self/status")
-RESET = Path("/proc/self/clear_refs")
+from p2d_core.memory import peak_memory, resident_bytes
 
 
 def peak_megabytes(thing: Callable[[], object]) -> float:
     """MB beyond what was held before: of the GPU's allocator, or resident where there is none."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with peak_memory() as peak_bytes:
+        try:
+            on_gpu = torch.cuda.is_available()
+            before = torch.cuda.memory_allocated() if on_gpu else resident_bytes("VmRSS")
+        except OSError:
+            return float("nan")
         thing()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        RESET.write_text("5")  # the high-water mark falls to what is resident now
-        before = resident("VmRSS")
-        thing()
-        return resident("VmHWM") - before
-    except OSError:
-        return float("nan")
-
-
-def resident(name: str) -> float:
-    """VmRSS, MB resident now, or VmHWM, the most that this process had (Linux)."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(name):
-            return float(line.split()[1]) / 1024
-    raise OSError(f"{STATUS} has no {name}")
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (peak_bytes() - before) / 2**20
 
 
 class Made(TorchDispatchMode):

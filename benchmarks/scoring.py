@@ -132,10 +132,7 @@ class _Bench:
         forward = self.forward_of(corpus)
         chain = HeadFilter(depth=DEPTH)
         target = Target(samples(CHAIN_PROXIES, seed=1), samples(CHAIN_PROXIES // 2, seed=2))
-        model = replace(self.model, tuned=self.tuned)
-        model.__dict__.update(
-            {k: v for k, v in self.model.__dict__.items() if k in ("model", "layers", "tokenizer")}
-        )
+        model = self.model.with_tuned(self.tuned)
         with tempfile.TemporaryDirectory() as folder:
             run = ChainRun(chain, model, self.heads, target)
             run.let_pass(IN_DOMAIN, corpus, samples(WIDER, seed=5, in_domain=IN_DOMAIN))
@@ -209,10 +206,7 @@ class ChainRun:
 def ranked(model: CapturedModel, proxies: Sequence[Sample]) -> tuple[HeadMap, TunedSlices]:
     """A head map by sPAD after a few steps of a proxy run, and the task heads' slices after it."""
     network, layers = model.model, model.layers
-    every = slices_of(
-        layers, [(i, h) for i in range(len(layers)) for h in range(layers[0].n_query_heads)]
-    )
-    before = TunedSlices.from_model(network, every)
+    before = attention_slices(network, layers)
     Attention().attach(network, layers, None, "")
     moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4, weight_decay=0.0)
@@ -366,7 +360,7 @@ def _peak_megabytes(corpus: _Corpus) -> float:
         "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
         "scoring.GrowthRun()(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2]))); "
         # not ru_maxrss: a child begins with what its parent had
-        "from benchmarks.memory import resident; print(resident('VmHWM'))"
+        "from p2d_core.memory import resident_bytes; print(resident_bytes('VmHWM') / 2**20)"
     )
     words = [sys.executable, "-c", program, str(corpus.folder), str(corpus.n)]
     done = subprocess.run(

@@ -199,11 +199,8 @@ class Arm:
         self.model, self.weights = model, weights
         self.parameters, self.moves_weights = moving
         self.n_moving = sum(p.numel() for p in self.parameters)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-5, weight_decay=0.0,
-            # as the Trainer has it on a GPU
-            fused=self.parameters[0].is_cuda,
-        )  # fmt: skip
+        # fused, as the Trainer has it
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
 
     def ready(self) -> None:
         """The weights are shared: another arm may have left them the other way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextvars import ContextVar
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -142,6 +143,8 @@ def adapt_to(
         evaluations,
         benchmarks,
     )
+    if given is not None:
+        summary.selection.notes += not_looked_at(inputs, given)
     summary.command = rerun_command(store, run_id, given)
     summary.planned = kept_plan(store, settings, inputs, given.key if given else None)
     summary.seconds = time.perf_counter() - start
@@ -149,6 +152,17 @@ def adapt_to(
     if (kept := _done.get()) is not None:
         kept.append(done)
     return done
+
+
+def not_looked_at(inputs: Inputs, heads: ArtifactRef) -> list[str]:
+    """What a given head map was made with, where the settings say otherwise."""
+    ranker, pick = heads.manifest.facts["ranker"], heads.manifest.settings["pick"]
+    if (ranker, pick) == (inputs.ranker.name, asdict(inputs.pick)):
+        return []
+    return [
+        "heads.* of the settings was not looked at: the head map that was given is by "
+        f"{ranker}, with heads.fraction {pick['fraction']}"
+    ]
 
 
 def given_head_map(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,8 +100,12 @@ def grid_of(settings: RunSettings) -> Grid:
         InputError: a ranker, scorer or adaptation is not known, or one of its options.
     """
     grid, arms = settings.compare, {}
+    scoring, heads, training = settings.scoring, settings.heads, settings.training
     for scorer, ranker, adaptation, fraction in product(
-        grid.scorers, grid.rankers, grid.adaptations, grid.fractions
+        _as_in_the_run(grid.scorers, scoring.scorer, scoring.options),
+        _as_in_the_run(grid.rankers, heads.ranker, heads.options),
+        _as_in_the_run(grid.adaptations, training.adaptation, training.options),
+        grid.fractions,
     ):
         by_heads = _scores_by_heads(scorer)
         looks = by_heads or _adapts_heads(adaptation)
@@ -311,6 +315,15 @@ class Seed:
             parameters=model.manifest.facts["trainable"] if model is not None else None,
             peak_memory_bytes=int(cost["peak_memory_bytes"]) if cost else None,
         )
+
+
+def _as_in_the_run(
+    choices: Sequence[Choice], name: str, options: dict[str, Any]
+) -> Iterator[Choice]:
+    """What the run itself would take has its options, unless it was given others."""
+    for each in choices:
+        given = each.name != name or "options" in each.model_fields_set
+        yield each if given else each.model_copy(update={"options": options})
 
 
 def _scores_by_heads(scorer: Choice) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from p2d_core.store.room import check_room, storage_error
 
-LOGGERS = ("p2d_core", "tasks")
+LOGGERS = ("p2d_core", "tasks", "flows")
 STARTED_BY = "P2D_STARTED_BY"
 """Id of the process that Prefect's temporary server is for; the server inherits it."""
 NEW_BOOKS = 12 * 10**6

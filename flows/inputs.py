@@ -86,7 +86,7 @@ def check_inputs(
     check_model_folder(folder)
     pick_device(settings.device)
     if settings.training.gradient_checkpointing:
-        check_gradient_checkpointing(Path(settings.base))
+        check_gradient_checkpointing(folder)
     # seeds of a comparison are draws of all that is drawn
     seed = settings.seed
     ranker = rankers.make(settings.heads.ranker, settings.heads.options, seed=seed)

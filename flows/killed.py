@@ -19,7 +19,7 @@ from p2d_core.store.runs import remove_unfinished
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-log = logging.getLogger("p2d_core.killed")
+log = logging.getLogger(__name__)
 
 SERVER = "prefect.server.api.server:create_app"
 SECONDS_TO_END = 5.0

@@ -15,6 +15,7 @@ from flows.environment import wait_for_server
 from flows.killed import clear_killed, end_orphans, noted
 from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
+from flows.settings import named_after
 from p2d_core.errors import ArtifactError, P2DError
 from p2d_core.store import ArtifactRef, Store
 
@@ -38,11 +39,11 @@ def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
     """
     from prefect import tags
 
-    end_orphans(store)
-    wait_for_server()
-    clear_killed(store)
     run_id = new_run_id()
     try:
+        end_orphans(store)
+        wait_for_server()
+        clear_killed(store)
         with noted(store, run_id), tags(run_id), _without_heartbeats():
             return run(run_id)
     except Exception as error:
@@ -100,7 +101,7 @@ def run_name(kind: str = "") -> str:
     from prefect.runtime import flow_run
 
     settings = flow_run.parameters["settings"]
-    target = settings.target.name or Path(settings.target.path).stem
+    target = settings.target.name or named_after(settings.target.path)
     return f"{settings.name}{kind} on {target}, {time.strftime('%Y-%m-%d')}"
 
 

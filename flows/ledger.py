@@ -21,6 +21,8 @@ TERM_OF_STAGE = {
     "model": "model",
 }
 """Which term of the AER a stage counts to; a stage that is missing counts to none."""
+NO_MODEL = {"scores", "subset"}
+"""They run none, and take next to nothing: which machine does not matter."""
 
 
 @dataclass
@@ -72,6 +74,12 @@ class Ledger:
             seen |= {ref.key for ref in new}
             if new:
                 yield replace(entry, refs=new)
+
+    def machines(self) -> list[str]:
+        """Those that the model was run on for the AER: for P2D, or for full fine-tuning."""
+        counted = {*TERM_OF_STAGE, "model_full", "reference"} - NO_MODEL
+        refs = [ref for entry in self.entries if entry.stage in counted for ref in entry.refs]
+        return sorted({ref.manifest.cost["machine"] for ref in refs})
 
     def lines(self) -> list[StageLine]:
         """A line a stage, calls of the same name added up."""

@@ -73,10 +73,7 @@ class LoadedBase:
         if tuned is None:
             return self.captured
         pieces = slices_of(self.captured.layers, tuned.task_heads)
-        slices = TunedSlices.from_model(self.captured.model, pieces)
-        model = replace(self.captured, tuned=slices)
-        model.__dict__.update({k: v for k, v in self.captured.__dict__.items() if k != "tuned"})
-        return model
+        return self.captured.with_tuned(TunedSlices.from_model(self.captured.model, pieces))
 
     def model(self, precision: str) -> Any:
         """The base in that precision; loaded once, and kept until another is asked for."""

@@ -16,7 +16,7 @@ from tasks.progress import listen
 SECONDS_WORTH_TELLING = 3.0
 SECONDS_BETWEEN = 5.0
 
-log = logging.getLogger("tasks.progress")
+log = logging.getLogger(__name__)
 
 
 @contextmanager

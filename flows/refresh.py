@@ -50,13 +50,16 @@ class Refresh:
     number: int
     """Looks so far, this one included."""
     drift: Drift | None
-    """None at the first look, which puts a map to use."""
+    """None where there was no map to look at: the first look, or it is damaged or gone."""
 
     @property
     def sentence(self) -> str:
         """For a person."""
         if self.drift is None:
-            return f"No head map was in use for {self.target}: {self.in_use[:12]} is now."
+            if self.before is None:
+                return f"No head map was in use for {self.target}: {self.in_use[:12]} is now."
+            gone = f"The head map {self.before[:12]} that was in use for {self.target}"
+            return f"{gone} is damaged or gone: {self.in_use[:12]} was ranked in its place."
         kept = f"{self.in_use[:12]} stays in use."
         if self.before != self.in_use:
             kept = f"{self.in_use[:12]}, the mean of today's draws, takes its place."
@@ -141,7 +144,8 @@ def look(
     if used is None or kept is None:
         heads = find_heads(run, target)
         use_from_now_on(run, heads, "the first look", number)
-        return Refresh(settings.name, name, heads.key, None, number, None)
+        before = used.key if used is not None else None
+        return Refresh(settings.name, name, heads.key, before, number, None)
     maps = fresh_maps(run, target, number, draws)
     found = drift(head_map_in(kept), [head_map_in(one) for one in maps], margin=margin)
     if found.has_drifted:

@@ -71,6 +71,7 @@ def make_summary(
         selection=_selection(settings, corpus, last["scores"], subset),
         rejected=_rejected(sources),
         trainable=TrainableSummary(
+            adaptation=facts["adaptation"],
             parameters=facts["trainable"],
             share_of_model=facts["share_of_model"],
             share_of_attention=facts["share_of_attention"],
@@ -86,6 +87,7 @@ def make_summary(
             full_spread_seconds=reference.spread_seconds,
             stages=dict(cold.stages),
             stages_this_run=dict(now.stages),
+            machines=ledger.machines(),
         ),
         stages=lines,
         reused=[line.name for line in lines if line.reused],

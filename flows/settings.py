@@ -39,7 +39,7 @@ class SourceSettings(Section):
     path: Annotated[str, Field(min_length=1)]
     """File, folder or glob, relative to this settings file; or hf://datasets/OWNER/NAME."""
     name: str = ""
-    """What the source is called in reports; the file's name when empty."""
+    """Of the source in reports; if empty that of the file, its folder (`*.jsonl`) or dataset."""
     prompt: str | None = None
     """Column of the prompt, or a template such as "{instruction}\\n\\n{input}"; found if empty."""
     response: str | None = None
@@ -166,7 +166,7 @@ class ScoringSettings(Section):
     """How every sample of the corpus gets its affinity."""
 
     scorer: str = "head-filter"
-    """head-filter (default), another of those in p2d_core/affinity, or sum (of several)."""
+    """head-filter, or another of those that `p2d config --list scorers` explains."""
     options: dict[str, Any] = {}
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"
@@ -212,7 +212,7 @@ class TrainingSettings(Section):
     warmup: ShareOrZero = 0.05
     """Share of the steps in which the learning rate rises; it falls as a cosine after that."""
     checkpoint_seconds: Positive = 60
-    """Seconds between checkpoints; cannot change a result."""
+    """Seconds between checkpoints, more where saving is slow; cannot change a result."""
     gradient_checkpointing: bool = False
     """Run layers twice in place of keeping what they compute: less memory, the same result."""
     parallel: Literal["ddp", "fsdp"] | None = None
@@ -232,6 +232,10 @@ class ArmsSettings(Section):
     """Steps that are timed when full is calibrated, after 3 that are not."""
 
 
+TagName = Annotated[str, Field(max_length=250, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_ .:/-]*$")]
+"""As MLflow takes one."""
+
+
 class TrackingSettings(Section):
     """Where runs are recorded."""
 
@@ -239,7 +243,7 @@ class TrackingSettings(Section):
     """MLflow experiment."""
     uri: str | None = None
     """MLflow server; if empty MLFLOW_TRACKING_URI, or else SQLite and a folder in the store."""
-    tags: dict[str, str] = {}
+    tags: dict[TagName, str] = {}
     """Further tags of the run."""
 
 
@@ -363,6 +367,14 @@ def anchored(settings: RunSettings, folder: Path, *, where: str = "settings") ->
     return settings
 
 
+def named_after(path: str) -> str:
+    """What a source is called that was given no name: its file, folder or name on the hub."""
+    if "://" in path:
+        return path.rstrip("/").rpartition("/")[2].partition("@")[0]
+    file = Path(path)
+    return (file.parent.name or file.stem) if set(file.name) & set("*?[") else file.stem
+
+
 def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
     def path(given: str) -> str:
         if len(given) > LONGEST_PATH:
@@ -374,7 +386,7 @@ def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
 
     def source(given: SourceSettings) -> SourceSettings:
         return given.model_copy(
-            update={"path": path(given.path), "name": given.name or Path(given.path).stem}
+            update={"path": path(given.path), "name": given.name or named_after(given.path)}
         )
 
     def harness(given: HarnessSettings) -> HarnessSettings:

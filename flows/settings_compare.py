@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from flows.settings_base import CountOrZero, Positive, Section, Share
 
@@ -15,7 +15,7 @@ class Choice(Section):
     name: str
     """Its name."""
     options: dict[str, Any] = {}
-    """Its settings."""
+    """Its settings; if it is the run's own choice those of the run, unless it is given some."""
     label: str = ""
     """What it is called in the comparison; its name if empty."""
     learning_rate: Positive | None = None
@@ -26,6 +26,9 @@ class Choice(Section):
     @property
     def shown(self) -> str:
         return self.label or self.name
+
+
+ONLY_OF = {"learning_rate": "adaptations", "fraction": "rankers"}
 
 
 def _choice(given: Any) -> Any:
@@ -53,6 +56,15 @@ class CompareSettings(Section):
     """Of every draw and of training; the data stay the same."""
     everything: bool = True
     """Also full fine-tuning on the whole corpus; the AER is then against its measured time."""
+
+    @field_validator("rankers", "scorers", "adaptations")
+    @classmethod
+    def _looked_at(cls, choices: tuple[Choice, ...], info: ValidationInfo) -> tuple[Choice, ...]:
+        for field, of in ONLY_OF.items():
+            for choice in choices if info.field_name != of else ():
+                if getattr(choice, field) is not None:
+                    raise ValueError(f"{choice.shown!r} has a {field}, which is of {of} alone")
+        return choices
 
     @field_validator("rankers", "scorers", "adaptations")
     @classmethod

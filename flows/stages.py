@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from flows.inputs import Inputs
 from flows.ledger import Ledger
 from flows.settings import RunSettings
@@ -15,7 +17,7 @@ from p2d_core.aer import Reference
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import InUse, put_in_use
-from tasks.elsewhere import machine
+from tasks.elsewhere import machine, workers
 from tasks.evaluation import evaluate_model
 from tasks.harness import run_harness
 from tasks.heads import average_heads, head_map_in, rank_heads
@@ -103,10 +105,10 @@ def read_target(run: Run, sources: list[ArtifactRef]) -> tuple[ArtifactRef, Arti
     target = split_target(
         runtime,
         target=whole,
-        evaluation=evaluation,
         n_proxy=settings.proxy.samples,
         n_held_out=settings.proxy.held_out,
-        n_evaluation=settings.evaluation.samples,
+        # samples of a source of their own are no part of the target: it stays when they change
+        n_evaluation=0 if evaluation is not None else settings.evaluation.samples,
         seed=settings.seed,
     )
     return target, evaluation
@@ -255,7 +257,9 @@ def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
 
 def _machine(runtime: Runtime) -> str:
     """What decides how long a step takes, in words."""
-    words = [machine(), runtime.device, f"{runtime.threads} threads"]
+    lent = workers()
+    found = lent.threads if lent is not None else torch.get_num_threads()
+    words = [machine(), runtime.device, f"{runtime.threads or found} threads"]
     if runtime.gradient_checkpointing:
         words.append("gradient checkpointing")
     if (processes := together(runtime.parallel)).size > 1:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
+
+from p2d_core.memory import peak_memory
 
 AER_STAGES = ("proxy", "heads", "scores", "subset", "model")
 """Terms of the numerator: T_proxy, T_rank (head_proxy too), T_score, T_select, T_train."""
@@ -27,7 +28,8 @@ class Cost:
     samples: int = 0
     tokens: int = 0
     peak_memory_bytes: int = 0
-    """Highest resident memory of the process, or of the GPU's allocator where there is one."""
+    """Highest while it was made: of the GPU's allocator where there is one, else resident memory of
+    the process, whatever else it did meanwhile."""
     machine: str = ""
 
     def __add__(self, other: Cost) -> Cost:
@@ -44,11 +46,6 @@ class Cost:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a manifest."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Cost:
-        """The inverse of `as_dict`; keys of a later version are left out."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 @cache
@@ -104,28 +101,20 @@ def _waited() -> float:
 def measured() -> Iterator[Stopwatch]:
     """Measures what its block costs; the cost stands in ``cost`` of what it yields."""
     watch = Stopwatch()
-    start = time.perf_counter() - _waited()
-    try:
-        yield watch
-    finally:
-        seconds = time.perf_counter() - _waited() - start
-        watch.cost = Cost(
-            wall_seconds=seconds,
-            device_seconds=seconds,
-            samples=watch.samples,
-            tokens=watch.tokens,
-            peak_memory_bytes=_peak_memory_bytes(),
-            machine=machine_name(),
-        )
-
-
-def _peak_memory_bytes() -> int:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    # Linux counts in KiB, macOS in bytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with peak_memory() as peak_bytes:
+        start = time.perf_counter() - _waited()
+        try:
+            yield watch
+        finally:
+            seconds = time.perf_counter() - _waited() - start
+            watch.cost = Cost(
+                wall_seconds=seconds,
+                device_seconds=seconds,
+                samples=watch.samples,
+                tokens=watch.tokens,
+                peak_memory_bytes=peak_bytes(),
+                machine=machine_name(),
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ class Workers(Protocol):
 
     size: int
     """How many there are."""
+    threads: int
+    """Of torch in each, unless the run says how many."""
     machine: str
     """What they run on, in words."""
 

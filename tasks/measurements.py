@@ -249,13 +249,7 @@ def n_steps(scorer: Plugin) -> int:
 def model_for(base: BaseModel, runtime: Runtime, head_proxy: ArtifactRef | None) -> CapturedModel:
     """The base, with the task heads' tuned slices at hand if there are any."""
     model = base.captured(runtime)
-    if head_proxy is None:
-        return model
-    tuned = replace(model, tuned=slices_in(head_proxy))
-    # the weights are loaded once and serve both
-    _ = model.model
-    tuned.__dict__.update({k: v for k, v in model.__dict__.items() if k != "tuned"})
-    return tuned
+    return model.with_tuned(slices_in(head_proxy)) if head_proxy is not None else model
 
 
 def head_map_of(heads: ArtifactRef | None) -> HeadMap | None:

@@ -74,7 +74,8 @@ class RayPool:
             SettingsError: the cluster has no room for them, a worker sees another base model or
                 none, or has another P2D or other libraries than this process.
         """
-        self.spec, self.base, self.size = spec, base, spec.workers
+        self.spec, self.base = spec, base
+        self.size, self.threads = spec.workers, spec.cpus_per_worker
         self._changed = threading.Condition()
         self._free: list[tuple[Any, Any]] = []
         """Workers without work, each with Ray's reference to what it says of itself."""

@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from p2d_core.errors import ServiceError, TransientError
 from p2d_core.store import ArtifactRef
+from p2d_core.store.room import storage_error
 from p2d_core.store.runs import keep_file, keep_summary
 from tasks.report.html import as_html
 from tasks.report.markdown import as_note
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT, SETTINGS = "report.html", "settings.yaml"
+AGAIN = "the same command records it without computing anything again"
+NEXT_LOOK = "the next look, which draws new proxy sets, is recorded"
 
 
 @task(name="record", retries=2, retry_condition_fn=is_transient, cache_policy=NO_CACHE)
@@ -94,7 +97,7 @@ def record_run(
     store = store.resolve()
     refs = refs if refs is not None else _refs_of(summary)
     report = store / "reports" / f"{summary.run_id}.html"
-    with _told(address_of(store, uri)), _scratch(store, summary.run_id) as folder:
+    with _told(store, uri, AGAIN), _scratch(store, summary.run_id) as folder:
         page = gather(summary, refs, folder)
         kept = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
         (folder / SETTINGS).write_text(kept, encoding="utf-8")
@@ -129,7 +132,7 @@ def record_comparison(
     root = Path(store).resolve()
     uri = tracking["uri"]
     with (
-        _told(address_of(root, uri)),
+        _told(root, uri, AGAIN),
         _scratch(root, run_id) as folder,
         _mlflow(root, tracking["experiment"], uri) as (client, where, recorded),
     ):
@@ -156,7 +159,7 @@ def record_drift(
     root = Path(store).resolve()
     uri = tracking["uri"]
     with (
-        _told(address_of(root, uri)),
+        _told(root, uri, NEXT_LOOK),
         _mlflow(root, tracking["experiment"], uri) as (client, where, _),
     ):
         title = f"head map drift: {target}"
@@ -290,14 +293,23 @@ def _experiment(client: MlflowClient, name: str, location: Path | None) -> Exper
 
 
 @contextmanager
-def _told(address: str) -> Iterator[None]:
-    """What of MLflow's own errors a person should see."""
+def _told(store: Path, uri: str | None, then: str) -> Iterator[None]:
+    """What of the errors of MLflow and of the disk a person should see.
+
+    Args:
+        then: what may be done when MLflow can be reached again.
+    """
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
     from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
+        address = address_of(store, uri)
+        of_disk = isinstance(error, OSError) and not isinstance(error, RequestException)
+        if of_disk and (full := storage_error(error, store, "the run's record")) is not None:
+            raise full from error
         # MLflow hides a locked database behind an exception of its own. An IntegrityError is two
         # runs that write the same row, such as the champion's, at once: the second look finds it
         causes = (error, error.__cause__, error.__context__)
@@ -307,7 +319,7 @@ def _told(address: str) -> Iterator[None]:
         raise (TransientError if may_pass else ServiceError)(
             f"the run is done and its artifacts are kept, but MLflow at {shown_uri(address)} did "
             f"not take its record: {shown_uri(said)}. When it can be reached and written "
-            "(tracking.uri), the same command records it without computing anything again."
+            f"(tracking.uri), {then}."
         ) from error
 
 

@@ -22,7 +22,6 @@ from p2d_core.samples.split import (
     assemble_corpus,
     draw_target,
     redraw_proxy,
-    refuse_overlap,
 )
 from p2d_core.store import ArtifactRef, Making
 from tasks.progress import progress_of
@@ -51,18 +50,14 @@ def split_target(
     making: Making,
     runtime: Runtime,
     target: ArtifactRef,
-    evaluation: ArtifactRef | None,
     n_proxy: int,
     n_held_out: int,
     n_evaluation: int,
     seed: int,
 ) -> None:
-    """The target's proxy set, held-out set, evaluation set (unless it has its own) and rest."""
+    """The target's proxy set, held-out set, evaluation set (none if it has a source) and rest."""
     with progress_of("splitting the target (samples)") as progress:
         samples = list(counted(all_samples(target), size_of(target), progress))
-    if evaluation is not None:
-        refuse_overlap(samples, all_samples(evaluation))
-        n_evaluation = 0
     split = draw_target(
         samples, n_proxy=n_proxy, n_held_out=n_held_out, n_evaluation=n_evaluation, seed=seed
     )

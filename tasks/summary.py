@@ -92,8 +92,9 @@ class SelectionSummary(BaseModel):
 
 
 class TrainableSummary(BaseModel):
-    """How much of the model may move."""
+    """How much of the model may move, and by which adaptation."""
 
+    adaptation: str = "heads"
     parameters: int
     share_of_model: float
     share_of_attention: float
@@ -154,6 +155,18 @@ class AERSummary(BaseModel):
     stages: dict[str, float]
     """Cold seconds by term: proxy, heads, scores, subset, model."""
     stages_this_run: dict[str, float]
+    machines: list[str] = []
+    """On which the model was run for any of it."""
+
+    @property
+    def caveat(self) -> str:
+        """What makes the ratio say little; empty if nothing does."""
+        if len(self.machines) < 2:
+            return ""
+        return (
+            f"The seconds of the AER are of several machines ({'; '.join(self.machines)}): their "
+            "ratio says little. A run in a new store is of one."
+        )
 
 
 class RegisteredSummary(BaseModel):
@@ -194,7 +207,7 @@ class Summary(BaseModel):
     """Stage (or stage of an arm, such as model_random) -> folder relative to the working folder."""
     mlflow: dict[str, str] = {}
     registered: RegisteredSummary | None = None
-    """None where the registry is turned off or did not answer."""
+    """None where the registry is turned off."""
     command: str = ""
     """Runs it again, from the folder that the run was started in."""
     report: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.summary import QualitySummary
+from tasks.summary import QualitySummary, Summary
 
 ARM_NAMES = {
     "base": "base model",
@@ -20,14 +20,26 @@ TERM_NAMES = {
 }
 
 
-def verdict(quality: QualitySummary) -> list[tuple[str, str]]:
+MOVED = {
+    "heads": "task heads",
+    "attention": "all attention",
+    "lora": "LoRA",
+    "full": "all parameters",
+}
+"""What an adaptation moves."""
+
+
+def verdict(summary: Summary) -> list[tuple[str, str]]:
     """What the numbers say, in sentences, each with a colour: green, yellow, red or dim."""
+    quality, of_heads = summary.quality, summary.trainable.adaptation == "heads"
+    tuned = "the same heads" if of_heads else "the task heads"
+    same = "the same heads" if of_heads else "the same adaptation"
     sentences = [_against_base(quality)]
     sentences += [
         _against(quality, arm, text)
         for arm, text in (
-            ("proxy", "the same heads tuned on the proxy set alone, without the corpus"),
-            ("random", "a random subset of the same size with the same heads"),
+            ("proxy", f"{tuned} tuned on the proxy set alone, without the corpus"),
+            ("random", f"a random subset of the same size with {same}"),
             ("full", "full fine-tuning on the whole corpus"),
         )
         if getattr(quality, arm) is not None
@@ -54,13 +66,14 @@ def percent(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else ""
 
 
-def trained_on(arm: str, share: str) -> str:
+def trained_on(arm: str, share: str, adaptation: str) -> str:
     """What moved in an arm, and on which data; ``share`` is that of the corpus, such as 10.0%."""
+    moved, of_heads = MOVED.get(adaptation, adaptation), adaptation == "heads"
     return {
         "base": "nothing",
-        "p2d": f"task heads, {share} of the corpus",
-        "proxy": "same heads, none of the corpus",
-        "random": f"same heads, {share} of the corpus",
+        "p2d": f"{moved}, {share} of the corpus",
+        "proxy": f"{'same' if of_heads else 'task'} heads, none of the corpus",
+        "random": f"{'same heads' if of_heads else moved}, {share} of the corpus",
         "full": "all parameters, whole corpus",
     }[arm]
 

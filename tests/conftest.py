@@ -3,9 +3,10 @@
 import gc
 import importlib
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from flows.cli import main
 from flows.environment import prepare_environment
+from tasks.tracking import database
 from tests.hub import hub  # noqa: F401
 
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -35,6 +37,26 @@ TOGETHER = {"test_readme.py": "demo", "test_demo.py": "demo", "stack": "stack"}
 
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_making_of_mlflows_database() -> Iterator[None]:
+    """Its fifty migrations run once a process; every further store gets a copy of what they made.
+
+    They are a fifth of what a small run takes.
+    """
+    make, made = database._make_database, Path(_home.name) / "mlflow.db"
+
+    def make_or_copy(file: Path) -> None:
+        if made.exists():
+            shutil.copy(made, file)
+        else:
+            make(file)
+            shutil.copy(file, made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_make_database", make_or_copy)
+        yield
 
 
 @pytest.fixture

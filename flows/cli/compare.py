@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from flows.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from p2d_core.comparison.arms import ArmRun
     from p2d_core.comparison.statistics import Interval
     from p2d_core.store import ArtifactRef
 
@@ -43,20 +45,21 @@ def compare(
     from flows.settings import load_settings
 
     settings = load_settings(file)
-    from flows.environment import prepare_environment, start_server
+    from flows.environment import prepare_environment
 
     prepare_environment(store, verbose=verbose)
-    start_server()
     from rich.console import Console
 
     from flows.cli.progress import listening
     from flows.compare import run_compare
+    from p2d_core.comparison.arms import read
 
     with listening():
         made = run_compare(settings, store=store)
+    show(made, Console())
     if summary is not None:
         summary.write_text(_as_json(made), encoding="utf-8")
-    show(made, Console())
+    refuse_if_all_failed(read(made.path)[0])
 
 
 def show(made: ArtifactRef, console: Console) -> None:
@@ -124,6 +127,23 @@ def show(made: ArtifactRef, console: Console) -> None:
         console.print("  No two arms answer a question: add a baseline such as `random`.")
     console.print(f"\n  picture: {os.path.relpath(made.path / PICTURE)}", soft_wrap=True)
     console.print('  p2d sql "SELECT label, seed, quality, aer FROM comparison"', soft_wrap=True)
+
+
+def refuse_if_all_failed(runs: Sequence[ArmRun]) -> None:
+    """So that a script that looks at the exit code learns of it.
+
+    Raises:
+        P2DError: no arm ran to its end on any seed; the base and everything are no arms.
+    """
+    from p2d_core.comparison.arms import BASE, EVERYTHING
+    from p2d_core.errors import P2DError
+
+    of_arms = [run for run in runs if run.arm.scorer not in (BASE, EVERYTHING)]
+    if all(run.failed for run in of_arms):
+        raise P2DError(
+            f"all {len(of_arms)} runs of arms failed, for the reasons above: nothing was compared. "
+            "Put them right and run the same command again; what was finished is reused."
+        )
 
 
 def _gain(interval: Interval | None) -> str:

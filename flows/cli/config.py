@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from flows.cli.plugins import Kind, described
+from flows.cli.text import WIDEST, yaml_value
 from flows.presets import PRESETS, Preset
 from p2d_core.errors import InputError
 
@@ -44,7 +46,6 @@ EXAMPLES = {
 BESIDE = 34
 PLAIN = ("> 0", ">= 0", ">= 1")
 """Bounds that go without saying."""
-WIDEST = 100
 
 
 def config(
@@ -59,11 +60,22 @@ def config(
             "or without what a run is held against (cheap); the reasons are in docs/evidence.md."
         ),
     ] = "default",
+    list_: Annotated[
+        Kind | None,
+        typer.Option(
+            "--list",
+            help="List the plug-ins of a kind instead: what each is and costs, its options.",
+        ),
+    ] = None,
 ) -> None:
     """Print all settings with their values and meanings, as a YAML file to start from.
 
-    Example: [bold]p2d config -o my.yaml[/bold]
+    Example: [bold]p2d config -o my.yaml[/bold]; which scorers are there, and
+    what do they cost? [bold]p2d config --list scorers[/bold]
     """
+    if list_ is not None:
+        typer.echo("\n".join(described(list_)))
+        return
     if output is None:
         typer.echo(commented_yaml("my.yaml", preset), nl=False)
         return
@@ -110,7 +122,7 @@ def _lines(
 
 
 def _entry(name: str, field: FieldInfo, meant: Mapping[str, Any], indent: str) -> list[str]:
-    value = _value(meant[name]) if name in meant else _default(name, field)
+    value = yaml_value(meant[name]) if name in meant else _default(name, field)
     entry = f"{indent}{name}: {value}".rstrip()
     meaning = " ".join(part for part in (field.description or "", _bounds(field)) if part)
     if not meaning:
@@ -131,21 +143,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 def _default(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return PLACEHOLDERS[name]
-    return _value(field.get_default(call_default_factory=True))
-
-
-def _value(value: Any) -> str:
-    import json
-
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        # as YAML reads it: quoted where it would be taken for something else
-        return value if value.replace("-", "").replace("_", "").isalnum() else json.dumps(value)
-    if isinstance(value, float) and value < 0.001:
-        # YAML 1.1 reads 1e-4 as text
-        return f"{value:.10f}".rstrip("0") if value else "0.0"
-    return json.dumps(value) if isinstance(value, bool | tuple | list | dict) else str(value)
+    return yaml_value(field.get_default(call_default_factory=True))
 
 
 def _bounds(field: FieldInfo) -> str:

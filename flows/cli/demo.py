@@ -17,7 +17,7 @@ from flows.cli.options import (
 
 def demo(
     summary: SummaryOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every draw and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the world, every draw and training.")] = 0,
     store: StoreOption = DEFAULT_STORE,
     verbose: VerboseOption = False,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, size_text
-from p2d_core.errors import ModelError
+from p2d_core.errors import P2DError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from p2d_core.attention.layout import AttentionLayer
@@ -108,7 +108,7 @@ def examine(store: Path) -> Iterator[Finding]:
 
 
 def examine_model(base: str | Path) -> Iterator[Finding]:
-    """What is recognised in a model, from its config alone: heads, and where their slices are."""
+    """What is recognised in a model: heads, and where their slices are. No weights are loaded."""
     from flows.hub import base_folder
     from p2d_core.attention.layout import attention_layers
     from p2d_core.models import check_model_folder, without_weights
@@ -118,8 +118,12 @@ def examine_model(base: str | Path) -> Iterator[Finding]:
         check_model_folder(folder)
         model = without_weights(folder)
         layers = attention_layers(model)
-    except ModelError as error:
+    except UnsupportedModelError as error:
         yield Finding("model", str(error), "Take another base: docs/families.md.", fatal=True)
+        return
+    except P2DError as error:
+        cure = "Give --model a folder as transformers saves one, or hf://OWNER/NAME."
+        yield Finding("model", str(error), cure, fatal=True)
         return
     first = layers[0]
     yield Finding("model", f"{base} ({type(model).__name__})")

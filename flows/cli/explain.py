@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, artifact, existing_store
+from flows.cli.text import indented, narrowed, printable, say, table_of, title
 from p2d_core.samples.extra import other_columns
 
 if TYPE_CHECKING:
@@ -89,12 +90,10 @@ def explain(
 
 def show(found: Explanation, console: Console) -> None:
     """Prints every sample, one under the other."""
-    from flows.cli.screen import WIDEST
-
-    console.width = min(console.width, WIDEST)
+    narrowed(console)
     run = f"run {found.run_id}, " if found.run_id else ""
     console.print()
-    _say(
+    say(
         console,
         f"{run}subset {found.subset[:12]}: {found.chosen:,} of {found.corpus:,} samples, "
         f"scored by {found.scorer}",
@@ -111,31 +110,31 @@ def _sample(one: Explained, console: Console) -> None:
     sample = one.sample
     console.print()
     console.rule(Text(sample.sample_id, "bold"), align="left", style="dim")
-    _say(console, f"row {sample.row + 1:,} of {sample.source} (rows count from 1)", "dim")
+    say(console, f"row {sample.row + 1:,} of {sample.source} (rows count from 1)", "dim")
     texts = _grid()
     texts.add_row(Text("prompt", "dim"), _shortened(sample.prompt, TEXT_SHOWN))
     texts.add_row(Text("response", "dim"), _shortened(sample.response, TEXT_SHOWN))
     also = other_columns(sample.extra)
     if also != "{}":
         texts.add_row(Text("also", "dim"), _shortened(also, TEXT_SHOWN, "dim"))
-    _indented(console, texts)
-    _title(console, "Chosen" if one.reason.chosen else "Not chosen")
-    _say(console, one.reason.words, "green" if one.reason.chosen else "yellow")
+    indented(console, texts)
+    title(console, "Chosen" if one.reason.chosen else "Not chosen")
+    say(console, one.reason.words, "green" if one.reason.chosen else "yellow")
     if any(step.threshold is not None for step in one.steps):
-        _title(console, "Steps")
-        _indented(console, _steps(one))
-        _say(
+        title(console, "Steps")
+        indented(console, _steps(one))
+        say(
             console,
             "margin: above what is wanted, in standard deviations of the target's own. The "
             "smallest of a sample's margins is its affinity.",
             "dim",
         )
-    _title(console, "Affinity and its parts")
-    _indented(console, _parts(one))
+    title(console, "Affinity and its parts")
+    indented(console, _parts(one))
     place = one.in_source
     gated = any(step.threshold is not None for step in one.steps)
     order = " What passed more gates comes first." if gated else ""
-    _say(
+    say(
         console,
         f"Within {sample.source} its affinity is {_rank(place)}, higher than {place.lower:.1%}."
         + order,
@@ -143,13 +142,13 @@ def _sample(one: Explained, console: Console) -> None:
     for look in one.looks:
         _look(look, console)
     for note in one.notes:
-        _say(console, f"note: {note}", "yellow")
+        say(console, f"note: {note}", "yellow")
 
 
 def _steps(one: Explained) -> Table:
     from rich.text import Text
 
-    table = _table("step", ">affinity", ">wanted", "", ">margin", ">of the target's own")
+    table = table_of("step", ">affinity", ">wanted", "", ">margin", ">of the target's own")
     for step in one.steps:
         passed = {
             True: Text("let through", "green"),
@@ -172,7 +171,7 @@ def _parts(one: Explained) -> Table:
 
     weighted = any(part.weight is not None for part in one.parts)
     columns = ["", ">value", ">rank", ">higher than", ">cut-off", ">above it"]
-    table = _table(*columns, *([">weight", ">adds"] if weighted else []))
+    table = table_of(*columns, *([">weight", ">adds"] if weighted else []))
     for part in one.parts:
         row = [Text(part.name, "bold" if part.name == "affinity" else ""), *_standing(part)]
         if weighted:
@@ -206,19 +205,19 @@ def _look(look: StepLook, console: Console) -> None:
 
     at = f"{look.step}: {look.scorer}" if look.step != "affinity" else look.scorer
     if look.heads is not None:
-        _title(console, f"Task heads ({at} {_number(look.affinity)})")
-        table = _table(">layer", ">head", ">rank", ">adds", "")
+        title(console, f"Task heads ({at} {_number(look.affinity)})")
+        table = table_of(">layer", ">head", ">rank", ">adds", "")
         widest = max((abs(head.adds) for head in look.heads), default=0.0) or 1.0
         for head in _weightiest(look.heads):
             colour = "cyan" if head.adds > 0 else "red"
             bar = Text("█" * round(20 * abs(head.adds) / widest), colour)
             rank = "" if head.rank is None else str(head.rank)
             table.add_row(str(head.layer), str(head.head), rank, f"{head.adds:+.4f}", bar)
-        _indented(console, table)
-        _say(console, _sum_of(look), "dim")
+        indented(console, table)
+        say(console, _sum_of(look), "dim")
     if look.proxies is not None:
-        _title(console, f"Nearest proxy samples ({at})")
-        table = _table(">cosine", "prompt", "response")
+        title(console, f"Nearest proxy samples ({at})")
+        table = table_of(">cosine", "prompt", "response")
         for proxy in look.proxies[:PROXIES_SHOWN]:
             texts = (
                 ("(gone)", "")
@@ -226,14 +225,14 @@ def _look(look: StepLook, console: Console) -> None:
                 else (proxy.sample.prompt, proxy.sample.response)
             )
             table.add_row(f"{proxy.cosine:.3f}", *(_shortened(t, PROXY_SHOWN) for t in texts))
-        _indented(console, table)
+        indented(console, table)
     if look.measured:
-        _title(console, f"Measured ({at})")
+        title(console, f"Measured ({at})")
         table = _grid()
         for name, value in look.measured.items():
             unit = f"{MEASURED[name]}, nats a token" if name in MEASURED else name
             table.add_row(f"{value:.4f}", Text(unit))
-        _indented(console, table)
+        indented(console, table)
 
 
 def _weightiest(heads: list[SeenHead]) -> list[SeenHead]:
@@ -266,51 +265,13 @@ def _shortened(text: str, most: int, style: str = "") -> Text:
     from rich.text import Text
 
     line = " ".join(text.split())
-    shown = _printable(line[:most])
+    shown = printable(line[:most])
     if len(line) > most:
         shown += f" ... ({len(line) - most:,} characters more)"
     return Text(shown, style)
 
 
-def _printable(text: str) -> str:
-    """Without the control characters of a sample or a file's name, which a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _table(*columns: str) -> Table:
-    """Columns whose name begins with > are numbers."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in columns:
-        number = name.startswith(">")
-        table.add_column(
-            name.removeprefix(">"), justify="right" if number else "left", no_wrap=number,
-            overflow="fold",
-        )  # fmt: skip
-    return table
-
-
 def _grid() -> Table:
-    table = _table("", "")
-    table.show_header = False
-    return table
-
-
-def _indented(console: Console, what: Table) -> None:
-    from rich.padding import Padding
-
-    console.print(Padding(what, (0, 0, 0, 2)))
-
-
-def _title(console: Console, title: str) -> None:
-    from rich.text import Text
-
-    console.print(Text(f"\n{title}", "bold"))
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    from rich.padding import Padding
-    from rich.text import Text
-
-    console.print(Padding(Text(_printable(text), style), (0, 0, 0, 2)))
+    made = table_of("", "")
+    made.show_header = False
+    return made

@@ -13,8 +13,8 @@ from tasks.summary import Summary
 
 def finish(done: Summary, file: Path | None) -> None:
     """Shows what came of a run and writes it to ``file`` if there is one."""
-    if file is not None:
-        file.write_text(done.to_json(), encoding="utf-8")
     folder = done.artifacts.get("heads")
     picture = head_map_text(Path(folder)) if folder is not None else None
     show_summary(done, picture, Console())
+    if file is not None:
+        file.write_text(done.to_json(), encoding="utf-8")

@@ -21,11 +21,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _heads() -> None:
-    pass
-
-
 @app.command()
 def stability(
     file: Annotated[

@@ -23,6 +23,7 @@ from flows.cli import (
     ui,
     worker,
 )
+from flows.cli.text import printable
 from flows.services import leave
 from p2d_core.errors import InputError, P2DError
 from p2d_core.processes import dismiss, join
@@ -138,13 +139,9 @@ def _run() -> None:
 
 def _tell(error: P2DError) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {_printable(str(error))}", file=sys.stderr)
+    said = printable(str(error), keep="\n")
+    print(f"error: {said}", file=sys.stderr)
     leave(2 if isinstance(error, InputError) else 1)
-
-
-def _printable(text: str) -> str:
-    """Without the control characters of a file's name or content, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _was_stopped(error: BaseException | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,7 @@ def check_summary_file(file: Path | None, option: str = "--summary") -> None:
     """That the summary can be written, before anything is started.
 
     Raises:
-        InputError: its folder is not there, or it is a folder itself.
+        InputError: its folder is not there, it is a folder itself, or may not be written.
     """
     if file is None:
         return
@@ -77,6 +78,8 @@ def check_summary_file(file: Path | None, option: str = "--summary") -> None:
         raise InputError(f"{option} {file} is a folder. Give a file, such as {file}/summary.json.")
     if not file.resolve().parent.is_dir():
         raise InputError(f"{option} {file}: there is no folder {file.parent}. Make it first.")
+    if not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
+        raise InputError(f"{option} {file} may not be written by this user. Give another file.")
 
 
 def size_text(n_bytes: float) -> str:

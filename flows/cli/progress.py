@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,8 +42,6 @@ class StageProgress:
             console=self.console,
             transient=True,
         )
-        self._lock = threading.Lock()
-        self._open: list[_Stage] = []
 
     def __enter__(self) -> StageProgress:
         if self.live:
@@ -60,23 +57,12 @@ class StageProgress:
         """A stage at work; what it yields is told how much is done, and of how much."""
         bar = self._bars.add_task(name, total=None) if self.live else None
         stage = _Stage(self, name, bar)
-        with self._lock:
-            self._open.append(stage)
         try:
             yield stage.tell
             stage.end()
         finally:
-            with self._lock:
-                self._open.remove(stage)
             if bar is not None:
                 self._bars.remove_task(bar)
-
-    def update(self, done: int, total: int, what: str = "") -> None:
-        """Tells the stage that was opened last; ``what`` is shown behind its name."""
-        with self._lock:
-            stage = self._open[-1] if self._open else None
-        if stage is not None:
-            stage.tell(done, total, what)
 
 
 class _Stage:
@@ -84,11 +70,10 @@ class _Stage:
         self._of, self._name, self._bar = of, name, bar
         self._start = self._told = time.monotonic()
 
-    def tell(self, done: int, total: int, what: str = "") -> None:
+    def tell(self, done: int, total: int) -> None:
         """``done`` of ``total``, in whatever the stage counts."""
-        title = f"{self._name}: {what}" if what else self._name
         if self._bar is not None:
-            self._of._bars.update(self._bar, description=title, completed=done, total=total or None)
+            self._of._bars.update(self._bar, completed=done, total=total or None)
             return
         now = time.monotonic()
         if now - self._told < SECONDS_BETWEEN_LINES:
@@ -96,9 +81,9 @@ class _Stage:
         self._told = now
         rate = done / (now - self._start)
         if total:
-            self._line(f"{title}: {done:,} of {total:,}{pace(rate, total - done)}")
+            self._line(f"{self._name}: {done:,} of {total:,}{pace(rate, total - done)}")
         else:
-            self._line(f"{title}: {done:,}, {rate:.1f}/s")
+            self._line(f"{self._name}: {done:,}, {rate:.1f}/s")
 
     def end(self) -> None:
         """A line if it took long enough to be missed."""

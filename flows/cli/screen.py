@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -10,20 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.progress import duration
+from flows.cli.text import indented, narrowed, plain, say, table_of, title
 from tasks.report.further import further
 from tasks.summary import RejectedSummary, SelectionSummary, Summary
 from tasks.verdict import ARM_NAMES, TERM_NAMES, percent, times, trained_on, verdict
 
-WIDEST = 100
+MOST_LABELS = 12
+"""Lines of labels; the rest stand in one."""
 
 
 def show_summary(summary: Summary, head_map_text: Text | None, console: Console) -> None:
     """Prints the screen; at most 100 columns wide."""
-    console = _narrowed(console)
+    narrowed(console)
     console.print()
-    console.rule(f"[bold]{_escaped(summary.name)}[/bold]", align="left", style="dim")
+    console.rule(plain(summary.name, "bold"), align="left", style="dim")
     if summary.base and summary.target:
-        _say(console, f"{summary.base} adapted to {summary.target}", style="dim")
+        say(console, f"{summary.base} adapted to {summary.target}", style="dim")
     _stages(summary, console)
     _heads(summary, head_map_text, console)
     _selection(summary.selection, console)
@@ -37,7 +40,7 @@ def show_summary(summary: Summary, head_map_text: Text | None, console: Console)
 def _stages(summary: Summary, console: Console) -> None:
     planned = summary.planned_seconds
     columns = ["stage", ">seconds", "", ">when first made"]
-    table = _table(*columns, *([">planned"] if planned else []))
+    table = table_of(*columns, *([">planned"] if planned else []))
     for line in summary.stages:
         table.add_row(
             Text(line.name),
@@ -53,20 +56,20 @@ def _stages(summary: Summary, console: Console) -> None:
         table.add_row(Text("whole run", "bold"), Text(_seconds(summary.seconds), "bold"), "", "")
     _section(console, "Stages", table)
     if planned:
-        _say(console, f"Planned: {summary.planned_text}.", style="dim")
+        say(console, f"Planned: {summary.planned_text}.", style="dim")
 
 
 def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
     heads, moving = summary.heads, summary.trainable
-    _title(console, "Task heads")
-    _say(
+    title(console, "Task heads")
+    say(
         console,
         f"{heads.selected} of {heads.total} query heads ({percent(heads.selected, heads.total)}) "
         f"by {heads.ranker}: {moving.parameters:,} parameters move, {moving.share_of_model:.1%} of "
         "the model.",
     )
     if heads.agreement is not None:
-        _say(console, heads.agreement.text)
+        say(console, heads.agreement.text)
     if picture is not None:
         widest = max((len(line) for line in picture.plain.splitlines()), default=0)
         if widest <= console.width - 4:
@@ -77,40 +80,44 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
 
 
 def _selection(selection: SelectionSummary, console: Console) -> None:
-    _title(console, "Samples chosen")
-    _say(
+    title(console, "Samples chosen")
+    say(
         console,
         f"{selection.selected:,} of {selection.corpus:,} "
         f"({percent(selection.selected, selection.corpus)}) by {selection.scorer}"
         f"{selection.boundary_text}.",
     )
     if selection.corpus_by_source:
-        table = _table("source", ">chosen", ">in corpus", ">of source", ">of chosen")
+        table = table_of("source", ">chosen", ">in corpus", ">of source", ">of chosen")
         for source, available in selection.corpus_by_source.items():
             chosen = selection.by_source.get(source, 0)
             table.add_row(
-                Text(source),
+                plain(source),
                 f"{chosen:,}",
                 f"{available:,}",
                 percent(chosen, available),
                 percent(chosen, selection.selected),
             )
-        console.print(Padding(table, (0, 0, 0, 2)))
+        indented(console, table)
     if selection.by_label:
-        table = _table("label (no stage reads it)", ">chosen", ">of chosen")
-        for label, chosen in selection.by_label.items():
-            table.add_row(Text(label), f"{chosen:,}", percent(chosen, selection.selected))
-        console.print(Padding(table, (0, 0, 0, 2)))
+        table = table_of("label (no stage reads it)", ">chosen", ">of chosen")
+        counted = list(selection.by_label.items())
+        if len(counted) > MOST_LABELS:
+            rest = counted[MOST_LABELS - 1 :]
+            counted[MOST_LABELS - 1 :] = [(f"{len(rest)} others", sum(n for _, n in rest))]
+        for label, chosen in counted:
+            table.add_row(plain(label), f"{chosen:,}", percent(chosen, selection.selected))
+        indented(console, table)
     for note in selection.notes:
-        _say(console, f"note: {note}", style="yellow")
+        say(console, f"note: {note}", style="yellow")
 
 
 def _rejected(rejected: list[RejectedSummary], console: Console) -> None:
     if not rejected:
         return
-    _title(console, "Rows left out")
+    title(console, "Rows left out")
     for one in rejected:
-        _say(console, f"{one.rows:,} rows of {one.source} are no samples; why, in", style="yellow")
+        say(console, f"{one.rows:,} rows of {one.source} are no samples; why, in", style="yellow")
         console.print(Text(f"  {one.file}", "dim"), soft_wrap=True)
 
 
@@ -121,23 +128,24 @@ def _quality(summary: Summary, console: Console) -> None:
     columns = ["", "trained", f">{quality.metric.replace('_', ' ')}"]
     if quality.retention:
         columns.append(">retention")
-    table = _table(*columns)
+    table = table_of(*columns)
     for arm, name in ARM_NAMES.items():
         value = getattr(quality, arm)
         if value is None:
             continue
         style = "bold" if arm == "p2d" else ""
-        row = [Text(name, style), Text(trained_on(arm, share), "dim"), Text(f"{value:.3f}", style)]
+        trained = trained_on(arm, share, summary.trainable.adaptation)
+        row = [Text(name, style), Text(trained, "dim"), Text(f"{value:.3f}", style)]
         if quality.retention:
             kept = quality.retention.get(arm)
             row.append(Text("" if kept is None else f"{kept:.3f}", style))
         table.add_row(*row)
     retained = "; retention: the same on what the base could do" if quality.retention else ""
     _section(console, f"Quality ({better} is better{retained})", table)
-    for sentence, style in verdict(quality):
-        _say(console, sentence, style=style)
+    for sentence, style in verdict(summary):
+        say(console, sentence, style=style)
     for one in further(summary):
-        table = _table(one.title, *(f">{name}" for name in one.columns))
+        table = table_of(one.title, *(f">{name}" for name in one.columns))
         for row in one.rows:
             table.add_row(*map(Text, row))
         console.print(Padding(table, (1, 0, 0, 2)))
@@ -145,7 +153,7 @@ def _quality(summary: Summary, console: Console) -> None:
 
 def _aer(summary: Summary, console: Console) -> None:
     aer = summary.aer
-    table = _table("", ">cold", ">this run")
+    table = table_of("", ">cold", ">this run")
     for term, seconds in aer.stages.items():
         now = aer.stages_this_run.get(term, 0.0)
         table.add_row(TERM_NAMES.get(term, term), _seconds(seconds), _seconds(now))
@@ -166,8 +174,10 @@ def _aer(summary: Summary, console: Console) -> None:
         Text(times(1 / aer.this_run if aer.this_run > 0 else 0.0), "bold"),
     )
     _section(console, "Alignment Efficiency Ratio (seconds; lower AER is better)", table)
+    if aer.caveat:
+        say(console, aer.caveat, style="yellow")
     if aer.cold >= 1:
-        _say(
+        say(
             console,
             "Cold, P2D took LONGER than full fine-tuning here: selecting costs more than it saves. "
             "A larger corpus, or another target on the same corpus, changes that.",
@@ -179,10 +189,10 @@ def _kept(summary: Summary, console: Console) -> None:
     version = summary.registered
     if version is None and not summary.report:
         return
-    _title(console, "Kept")
+    title(console, "Kept")
     if version is not None:
         alias = "champion" if version.champion else "not champion"
-        _say(console, f"{version.name}, version {version.version}: {alias}, {version.why}.")
+        say(console, f"{version.name}, version {version.version}: {alias}, {version.why}.")
     if summary.report:
         console.print(Text(f"  report: {summary.report}", "dim"), soft_wrap=True)
 
@@ -192,16 +202,24 @@ def _next(summary: Summary, console: Console) -> None:
     heads = summary.artifacts.get("heads")
     folder = Path(heads).parent.parent if heads else Path("artifacts")
     if folder != Path("artifacts"):
-        store = f" --store {folder}"
+        store = f" --store {shlex.quote(str(folder))}"
     query = "SELECT left(key, 8) AS artifact, source, avg(affinity) FROM scores GROUP BY ALL"
-    commands = {
-        f"p2d ui{store}": "charts, pictures and the adapter, in MLflow",
+    server = summary.mlflow.get("tracking_uri", "")
+    is_local = not server or server.startswith("sqlite:")
+    what = "charts, pictures and the adapter, in MLflow"
+    commands = {f"p2d ui{store}": what} if is_local else {}
+    form = "lora" if summary.trainable.adaptation in ("heads", "lora") else "merged"
+    commands |= {
+        f"p2d explain 3{store}": "why the best three samples were chosen",
+        f"p2d export {summary.run_id} --as {form} --to adapted{store}": "the model, to take away",
         "p2d config -o my.yaml": "settings to fill in with your own files",
         f"p2d adapt my.yaml{store}": "the same job on them",
         f"p2d artifacts ls{store}": "what was kept, and what from",
         f'p2d sql "{query}"{store}': "ask the data",
     }
-    _title(console, "Next")
+    title(console, "Next")
+    if not is_local:
+        say(console, f"{what} at {server}")
     column = max(len(command) for command in commands if "sql" not in command) + 2
     for command, what in commands.items():
         line = Text("  ").append(command, "bold cyan")
@@ -212,41 +230,9 @@ def _next(summary: Summary, console: Console) -> None:
     console.print()
 
 
-def _narrowed(console: Console) -> Console:
-    if console.width > WIDEST:
-        console.width = WIDEST
-    return console
-
-
-def _table(*columns: str) -> Table:
-    """Columns whose name begins with > are numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in columns:
-        number = name.startswith(">")
-        table.add_column(
-            name.removeprefix(">"),
-            justify="right" if number else "left",
-            no_wrap=number,
-            overflow="fold",
-        )
-    return table
-
-
-def _title(console: Console, title: str) -> None:
-    console.print(Text(f"\n{title}", "bold"))
-
-
-def _section(console: Console, title: str, table: Table) -> None:
-    _title(console, title)
-    console.print(Padding(table, (0, 0, 0, 2)))
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Padding(Text(text, style), (0, 0, 0, 2)))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _section(console: Console, words: str, lines: Table) -> None:
+    title(console, words)
+    indented(console, lines)
 
 
 def _seconds(seconds: float) -> str:

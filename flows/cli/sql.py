@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, existing_store
+from flows.cli.text import printable
 from p2d_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,10 +32,9 @@ def sql(
 ) -> None:
     """Ask the store in SQL. Reads only: nothing is changed, nothing else is read.
 
-    Tables: scores, heads, samples, subset, evaluation, measurements, comparison (each with the
-    artifact's key) and runs. [bold]p2d sql "SHOW TABLES"[/bold] and
-    [bold]p2d sql "DESCRIBE scores"[/bold] say
-    which are there and what is in them.
+    Tables: scores, heads, samples, rejected, subset, evaluation, measurements, comparison,
+    comparison_samples (each with the artifact's key) and runs. [bold]p2d sql "SHOW TABLES"[/bold]
+    and [bold]p2d sql "DESCRIBE scores"[/bold] say which are there and what is in them.
 
     Example: [bold]p2d sql "SELECT source, avg(affinity) FROM scores GROUP BY source"[/bold]
     """
@@ -84,9 +84,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    # control characters in a sample must not reach the terminal
-    text = str(value)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:200])
+    return printable(str(value)[:200])
 
 
 def _is_number(kind: Any) -> bool:

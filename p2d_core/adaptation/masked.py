@@ -128,11 +128,6 @@ class HeadDeltas:
         for module in self.modules.values():
             yield module.delta
 
-    @property
-    def n_trainable(self) -> int:
-        """How many numbers move."""
-        return sum(delta.numel() for delta in self.parameters())
-
     def tuned(self) -> TunedSlices:
         """The slices' new values, in the base weights' precision.
 

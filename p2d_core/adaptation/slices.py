@@ -64,11 +64,6 @@ class TunedSlices:
             blocks[module] = Block(dim, index, values.cpu())
         return cls(blocks)
 
-    @property
-    def n_values(self) -> int:
-        """How many weights have new values."""
-        return sum(block.values.numel() for block in self.blocks.values())
-
     def apply_(self, model: nn.Module) -> None:
         """Writes the values into the model's weights, in their precision.
 

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 NOT_LOADED = (pickle.UnpicklingError, SafetensorError, KeyError, AttributeError, IndexError)
 """What a broken or hostile checkpoint raises, beside the errors of reading files."""
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
+SAVES_TO_A_PAUSE = 20
+"""Checkpoints take a twentieth of the time at most: it counts, in T_full too."""
 OF_THE_WHOLE_BATCH = "n_tokens_of_all"
 SEAL = "seal.json"
 """Written last into a checkpoint, with the hashes of its files and the seconds up to it: one
@@ -151,14 +153,16 @@ class _Watch(TrainerCallback):
         self.processes = processes
         self.checkpoint_seconds = checkpoint_seconds
         self.seconds_before = seconds_before
-        self.started_at = self.saved_at = time.monotonic()
+        self.pause = checkpoint_seconds
+        """Seconds from the end of a save to the next."""
+        self.started_at = self.saved_at = self.asked_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps)
-        due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
+        self.asked_at = time.monotonic()
+        due = self.asked_at - self.saved_at >= self.pause
         if self.processes.as_the_first_decides(due):
-            self.saved_at = time.monotonic()
             control.should_save = True
         return control
 
@@ -167,6 +171,10 @@ class _Watch(TrainerCallback):
             return
         spent = self.seconds_before + time.monotonic() - self.started_at
         _seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", spent)
+        self.saved_at = time.monotonic()
+        if self.pause:
+            took = self.saved_at - self.asked_at
+            self.pause = max(self.checkpoint_seconds, SAVES_TO_A_PAUSE * took)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -196,6 +204,8 @@ def train(
     wrote it. One device a process.
 
     Args:
+        checkpoint_seconds: between checkpoints, or 20 times what saving one takes if that is more;
+            0: one after each step.
         mixed_precision: bfloat16 in the passes; the parameters stay in the precision they have.
         gradient_checkpointing: layers run a second time for the backward pass, in place of keeping
             what they computed: less memory, a third more computing.

@@ -11,9 +11,10 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
-from p2d_core.affinity.words import counts_in, sample_counts, table_counts
+from p2d_core.affinity.words import TEXTS, counts_in, sample_counts, table_counts
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -63,7 +64,7 @@ class Bm25:
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """0 without a word in common; no upper bound."""
         documents, words, containing = 0, 0.0, np.zeros(self.features)
-        for table in measured:
+        for table in only(measured, *TEXTS):
             counts = table_counts(table, self.features)
             documents += counts.shape[0]
             words += float(counts.sum())
@@ -71,7 +72,7 @@ class Bm25:
         mean_length = max(words / max(documents, 1), 1.0)
         idf = np.log1p((documents - containing + 0.5) / (containing + 0.5))
         queries = counts_in(state, self.features).multiply(idf[None, :]).tocsr()
-        for table in measured:
+        for table in only(measured, *TEXTS):
             counts = table_counts(table, self.features)
             lengths = np.asarray(counts.sum(axis=1)).reshape(-1) / mean_length
             norm = self.k1 * (1 - self.b + self.b * lengths)

@@ -21,6 +21,7 @@ from p2d_core.affinity.in_context import (
     kept_samples,
     samples_kept,
 )
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.evaluation.generation import generate
 from p2d_core.heads.head_map import HeadMap
@@ -89,7 +90,7 @@ class DataWhisperer:
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """At least 0."""
-        for table in measured:
+        for table in only(measured, SCORE):
             yield pa.array(np.asarray(table[SCORE], dtype=np.float64))
 
 

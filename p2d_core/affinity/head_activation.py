@@ -18,7 +18,7 @@ from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
-from p2d_core.errors import SettingsError
+from p2d_core.errors import InputError, SettingsError
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -147,7 +147,16 @@ class HeadActivation:
         return unit(_outputs_of(table, state)), unit(state["proxy"])
 
     def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
-        """Of the proxy samples, each left out of its own neighbours, or of the mean."""
+        """Of the proxy samples, each left out of its own neighbours, or of the mean.
+
+        Raises:
+            InputError: there are fewer than 2 proxy samples.
+        """
+        if len(state["proxy"]) < 2:
+            raise InputError(
+                "head-activation: a proxy sample's own affinity is that to the other ones, but "
+                f"there is {len(state['proxy'])} in all. Give at least 2, or set no gate."
+            )
         references = self._whitening(state, measured)(state["proxy"])
         if self.compare == "mean":
             of_others = normalize(references.sum(dim=0) - references, dim=1)

@@ -18,6 +18,7 @@ from p2d_core.affinity.gradients import Sketch, few_at_once, output_gradients
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.attention.layout import slices_of
+from p2d_core.attention.structure import is_transposed
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -47,7 +48,7 @@ class HeadGradient:
     seed: int = 0
     """Of the projection."""
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ("dimensions", "include_kv", "seed")
     runs_model: ClassVar[bool] = True
@@ -85,7 +86,8 @@ class HeadGradient:
     ) -> Tensor:
         heads = [(int(layer), int(head)) for layer, head in state["heads"]]
         blocks = merged(slices_of(model.layers, heads, self.include_kv))
-        shapes = {path: list(model.model.get_submodule(path).weight.shape) for path in blocks}
+        modules = {path: model.model.get_submodule(path) for path in blocks}
+        shapes = {path: list(module.weight.shape) for path, module in modules.items()}
         sizes = {path: len(index) * shapes[path][1 - dim] for path, (dim, index) in blocks.items()}
         sketch = Sketch(sum(sizes.values()), self.dimensions, self.seed)
 
@@ -97,7 +99,7 @@ class HeadGradient:
             for path, (dim, index) in blocks.items():
                 inputs, grads = parts.pop(path)
                 where = index.to(model.device)
-                if dim == 0:
+                if dim == (1 if is_transposed(modules[path]) else 0):
                     grads = grads.index_select(-1, where)
                 else:
                     inputs = inputs.index_select(-1, where)

@@ -21,7 +21,9 @@ TOKENS = "n_response_tokens"
 @scorers.register("length")
 @dataclass(frozen=True)
 class Length:
-    """Tokens of the response. Runs no model and knows no target: what a scorer has to beat.
+    """Tokens of the response, of a conversation those of its earlier answers too.
+
+    Runs no model and knows no target: what a scorer has to beat.
 
     Source: "Long Is More for Alignment", arXiv 2402.04833.
     """

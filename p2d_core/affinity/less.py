@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from p2d_core.affinity.gradients import Sketch, few_at_once, output_gradients
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.attention.structure import sizes_of
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.response_loss import batch_loss
@@ -34,8 +35,8 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 class Less:
     """Mean cosine of the step that Adam would make on a sample to the proxy samples' gradients.
 
-    Gradients are those of a LoRA of q, k, v and o in every layer, randomly projected. A short
-    warm-up makes the LoRA and Adam's second moment.
+    Gradients are those of a LoRA of q, k, v and o in every layer, one a module where they are
+    fused, randomly projected. A short warm-up makes the LoRA and Adam's second moment.
 
     Costs the warm-up, once a process, then a forward and a backward pass a sample; its measurement
     has 2 bytes for each of the dimensions. Another target measures everything again.
@@ -179,7 +180,7 @@ class _Lora:
     ) -> _Lora:
         a, b = {}, {}
         for path in _paths(model):
-            outputs, inputs = model.model.get_submodule(path).weight.shape
+            outputs, inputs = sizes_of(model.model.get_submodule(path))
             bound = inputs**-0.5
             drawn = torch.rand(rank, inputs, generator=generator) * 2 * bound - bound
             a[path] = drawn.to(model.device)
@@ -232,4 +233,4 @@ class _Lora:
 
 
 def _paths(model: CapturedModel) -> list[str]:
-    return [path for layer in model.layers for path in (layer.q, layer.k, layer.v, layer.o)]
+    return [path for layer in model.layers for path in layer.modules]

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -48,7 +49,7 @@ class HeadProxyLoss:
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """Minus nats a response token."""
-        for table in measured:
+        for table in only(measured, "tuned_loss"):
             yield pc.negate(table["tuned_loss"].combine_chunks().cast(pa.float64()))
 
     def own_affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Tensor:
@@ -94,7 +95,7 @@ class LossShift:
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """Nats a response token; above 0 where the tuned heads know better."""
-        for table in measured:
+        for table in only(measured, "base_loss", "tuned_loss"):
             difference = np.asarray(table["base_loss"], dtype=np.float64) - np.asarray(
                 table["tuned_loss"], dtype=np.float64
             )

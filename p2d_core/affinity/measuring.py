@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,9 @@ def measure_shard(
     before: pa.Table | None = None,
 ) -> pa.Table:
     """What the scorer measures, with ``sample_id`` and token counts; a row a sample, in order.
+
+    ``n_response_tokens`` are the tokens that the loss is on: of a conversation those of its earlier
+    answers too.
 
     Args:
         before: what the step before measured, of these samples and others.
@@ -113,9 +117,18 @@ class MeasuredCorpus:
             yield _joined(shard, measurement, self.columns)
 
 
+@runtime_checkable
+class HasOnly(Protocol):
+    """Tables of which single columns can be read."""
+
+    def only(self, *columns: str) -> Iterable[pa.Table]:
+        """The same tables, of which no other columns are read."""
+        ...
+
+
 def only(measured: Iterable[pa.Table], *columns: str) -> Iterable[pa.Table]:
     """The tables, read without other columns where they come from files."""
-    return measured.only(*columns) if isinstance(measured, MeasuredCorpus) else measured
+    return measured.only(*columns) if isinstance(measured, HasOnly) else measured
 
 
 def _joined(shard: Path, measurement: Path, columns: tuple[str, ...] | None) -> pa.Table:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -44,7 +45,7 @@ class RandomScorer:
 
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """In [0, 1)."""
-        for table in measured:
+        for table in only(measured, "sample_id"):
             yield pa.array([self._draw(name) for name in table["sample_id"].to_pylist()])
 
     def _draw(self, sample_id: str) -> float:

@@ -13,7 +13,10 @@ def nearest_mean(similarities: Tensor, neighbours: int) -> Tensor:
 
 
 def nearest_mean_of_others(similarities: Tensor, neighbours: int) -> Tensor:
-    """`nearest_mean` of references to each other, each left out of its own row; ``[n, n]``."""
+    """`nearest_mean` of references to each other, each left out of its own row; ``[n, n]``.
+
+    There have to be at least 2.
+    """
     others = similarities.clone()
     others.fill_diagonal_(-float("inf"))
     return nearest_mean(others, min(neighbours, len(others) - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from p2d_core.affinity.measuring import SAMPLE_COLUMNS
+from p2d_core.affinity.measuring import SAMPLE_COLUMNS, only
 from p2d_core.affinity.protocol import Chain, Fitted, Scorer, ScorerState, Target, scorers
 from p2d_core.errors import SettingsError
 from p2d_core.heads.head_map import HeadMap
@@ -185,6 +185,13 @@ class _View:
 
     measured: Iterable[pa.Table]
     name: str
+
+    def only(self, *columns: str) -> _View:
+        """The same, of which no other columns are read."""
+        kept = (
+            column if column in OF_EVERY_TABLE else f"{self.name}/{column}" for column in columns
+        )
+        return replace(self, measured=only(self.measured, *kept))
 
     def __iter__(self) -> Iterator[pa.Table]:
         for table in self.measured:

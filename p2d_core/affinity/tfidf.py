@@ -11,9 +11,10 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
+from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
-from p2d_core.affinity.words import counts_in, sample_counts, table_counts
+from p2d_core.affinity.words import TEXTS, counts_in, sample_counts, table_counts
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -54,13 +55,13 @@ class Tfidf:
     def affinity(self, state: ScorerState, measured: Iterable[pa.Table]) -> Iterator[pa.Array]:
         """In [0, 1]."""
         documents, containing = 0, np.zeros(self.features)
-        for table in measured:
+        for table in only(measured, *TEXTS):
             counts = table_counts(table, self.features)
             documents += counts.shape[0]
             containing += np.bincount(counts.indices, minlength=self.features)
         idf = np.log((1 + documents) / (1 + containing)) + 1
         proxies = _weighted(counts_in(state, self.features), idf)
-        for table in measured:
+        for table in only(measured, *TEXTS):
             weighted = _weighted(table_counts(table, self.features), idf)
             similarities = torch.from_numpy((weighted @ proxies.T).toarray())
             yield pa.array(nearest_mean(similarities, self.neighbours).numpy())

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from p2d_core.samples.schema import Sample
 
+TEXTS = ("prompt", "response")
+"""What `table_counts` looks at."""
+
 
 def word_counts(texts: list[str], features: int) -> Any:
     """Of each text how often it has each word, a CSR matrix ``[texts, features]``.

@@ -37,6 +37,9 @@ def capture_head_outputs(
     Returns:
         ``[batch, tokens, n_heads, head_dim]`` in the model's precision, in the order of ``heads``;
         what stands at padding means nothing.
+
+    Raises:
+        HeadMapError: there are no heads, or one is not in the model.
     """
 
     def whole(outputs: Tensor) -> Tensor:
@@ -65,6 +68,9 @@ def mean_head_outputs(
     Returns:
         ``[batch, n_heads, head_dim]`` in float32, in the order of ``heads``; zeros for a row
         without such tokens.
+
+    Raises:
+        HeadMapError: there are no heads, or one is not in the model.
     """
     weights = (attention_mask if token_mask is None else token_mask * attention_mask).float()
     weights = (weights / weights.sum(1, keepdim=True).clamp(min=1)).to(device_of(model))

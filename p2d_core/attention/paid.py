@@ -5,6 +5,7 @@ never run.
 """
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,7 @@ def attention_paid(
 
     Raises:
         ValueError: a sample has no query row.
+        HeadMapError: there are no heads, or one is not in the model.
         UnsupportedModelError: its eager attention does not give its probabilities either, or is
             not the same attention.
     """
@@ -238,7 +240,8 @@ def _check_eager_is_the_same(
     """That the first layer gives the same both ways, for the first sample.
 
     Raises:
-        UnsupportedModelError: it does not, as in transformers 5.23 for Falcon with ALiBi.
+        UnsupportedModelError: it does not, as in transformers 5.23 for Falcon with ALiBi; or its
+            outputs are all 0 or no numbers, so that it cannot be told.
     """
     usual = str(model.config._attn_implementation)
     if usual == "eager":
@@ -249,11 +252,17 @@ def _check_eager_is_the_same(
     with _eager(model):
         eager = capture_head_outputs(model, layers, first, *sample)
     real = attention_mask[0].bool().to(outputs.device)
-    off = (outputs - eager)[0, real].abs().max() / outputs[0, real].abs().max()
+    off = float((outputs - eager)[0, real].abs().max() / outputs[0, real].abs().max())
+    if math.isnan(off):
+        raise UnsupportedModelError(
+            f"whether {type(model).__name__}'s eager attention is its {usual} attention cannot be "
+            "told: the outputs of its first layer's heads are all 0 or no numbers. Look at the "
+            "weights of the model, or use precision: float32."
+        )
     if off > 0.05:
         raise UnsupportedModelError(
             f"{type(model).__name__}'s eager attention is not its {usual} attention (outputs are "
-            f"{float(off):.0%} off), so that what heads attend to cannot be seen. "
+            f"{off:.0%} off), so that what heads attend to cannot be seen. "
             "Choose a scorer that looks at head outputs."
         )
 

@@ -53,6 +53,12 @@ def is_transposed(projection: nn.Module) -> bool:
     return isinstance(projection, Conv1D)
 
 
+def sizes_of(projection: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a projection."""
+    first, second = projection.get_parameter("weight").shape
+    return (second, first) if is_transposed(projection) else (first, second)
+
+
 # -- finding -----------------------------------------------------------------------------------
 
 
@@ -136,13 +142,7 @@ def _projections(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _outputs(projections: Mapping[str, nn.Module]) -> dict[str, int]:
-    return {name: _sizes(child)[0] for name, child in projections.items()}
-
-
-def _sizes(projection: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs."""
-    first, second = projection.get_parameter("weight").shape
-    return (second, first) if is_transposed(projection) else (first, second)
+    return {name: sizes_of(child)[0] for name, child in projections.items()}
 
 
 def _heads(
@@ -153,7 +153,7 @@ def _heads(
     size = _head_dim(module, model)
     if not isinstance(n_heads, int) or not isinstance(size, int) or n_heads < 1 or size < 1:
         return None
-    sizes = list(map(_sizes, projections.values()))
+    sizes = list(map(sizes_of, projections.values()))
     total = sum(outputs for outputs, _ in sizes)
     for place, (width, inputs) in enumerate(sizes):
         others = sizes[:place] + sizes[place + 1 :]
@@ -285,7 +285,7 @@ def _shape_trouble(module: nn.Module, model: nn.Module) -> str:
     latent = [
         name
         for name, child in projections.items()
-        if _sizes(child)[1] != width and _sizes(child)[0] != width
+        if sizes_of(child)[1] != width and sizes_of(child)[0] != width
     ]
     if latent and outputs:
         return (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from p2d_core.models import positions_of
 from p2d_core.progress import Progress, no_progress
 from p2d_core.samples.tokens import EncodedSample, Encoder, TokenBudget, collate, each_batch
 
@@ -48,7 +49,7 @@ def generate(
         max_new_tokens: of an answer.
         budget: of a batch, prompts and answers together, whose keys and values are all kept.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    _, limit = positions_of(model.config)
     kept = max(1, limit - max_new_tokens) if isinstance(limit, int) else max(map(len, prompts))
     rows = [EncodedSample("", list(ids[-kept:]), len(ids[-kept:])) for ids in prompts]
     answers = [""] * len(rows)

@@ -92,15 +92,14 @@ def lora_parts(moved: Moved, base: nn.Module) -> LoraParts:
     )
 
 
-def copy_low_rank(adapter: Path, folder: Path, base_name: str, base_revision: str = "") -> int:
-    """Copies an adapter that was trained as a LoRA, which names its base anew; its bytes."""
+def copy_low_rank(adapter: Path, folder: Path, base_name: str, base_revision: str = "") -> None:
+    """Copies an adapter that was trained as a LoRA, which names its base anew."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base_name, "revision": base_revision or None}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
-    return (adapter / WEIGHTS).stat().st_size
 
 
 def _lora_values(module: Any, block: Block) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from p2d_core.attention.layout import AttentionLayer, by_role, module_weights
 from p2d_core.heads.frobenius import sums_of_squares
+from p2d_core.heads.frozen import frozen
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.heads.response_loss import batches, summed_losses
 
@@ -40,11 +41,7 @@ class Gradient:
             {path: torch.zeros_like(w, dtype=torch.float32) for path, w in of.items()}
             for of in weights
         ]
-        moved = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        was_training = model.training
-        model.eval()
-        model.requires_grad_(False)
-        try:
+        with frozen(model):
             flat = [weight.requires_grad_(True) for of in weights for weight in of.values()]
             flat_sums = [total for of in sums for total in of.values()]
             for done, batch in enumerate(batches(samples, evidence.batch_size), start=1):
@@ -55,10 +52,6 @@ class Gradient:
                 ):
                     total += grad
                 evidence.progress(done, n_batches)
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(moved[name])
-            model.train(was_training)
         scores = evidence.empty_scores()
         for layer, of_layer in zip(layers, sums, strict=True):
             scores[layer.index] = (

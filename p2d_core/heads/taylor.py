@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from p2d_core.attention.layout import AttentionLayer
+from p2d_core.heads.frozen import frozen
 from p2d_core.heads.ranking import RankingEvidence, rankers
 from p2d_core.heads.response_loss import batches
 from p2d_core.response_loss import token_losses
@@ -42,19 +43,11 @@ class Taylor:
         device = next(model.parameters()).device
         scores = evidence.empty_scores()
         all_batches = list(batches(samples, evidence.batch_size))
-        moved = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        was_training = model.training
-        model.eval()
-        model.requires_grad_(False)
-        try:
+        with frozen(model):
             for number, batch in enumerate(all_batches, start=1):
                 rows = {n: t.to(device) for n, t in collate(batch, evidence.pad_id).items()}
                 scores += _mask_gradients(model, layers, rows).abs().sum(1).double().cpu()
                 evidence.progress(number, len(all_batches))
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(moved[name])
-            model.train(was_training)
         scores /= len(samples)
         if self.normalise_layers:
             scores /= scores.norm(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,13 @@ class CapturedModel:
         """Of the batches: ``tokens_per_batch``, or less once memory ran out."""
         return TokenBudget(self.tokens_per_batch)
 
+    def with_tuned(self, tuned: TunedSlices) -> CapturedModel:
+        """The same with tuned slices at hand; the weights are loaded once and serve both."""
+        _ = self.model
+        other = replace(self, tuned=tuned)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "tuned"})
+        return other
+
     @property
     def pad_id(self) -> int:
         """Token id that fills batches; never attended to."""
@@ -110,7 +117,12 @@ class CapturedModel:
 
     @contextmanager
     def looking_through(self, *, tuned: bool) -> Iterator[None]:
-        """With ``tuned`` the task heads' tuned slices stand in the model while the block runs."""
+        """With ``tuned`` the task heads' tuned slices stand in the model while the block runs.
+
+        Raises:
+            ValueError: ``tuned``, but the model was made without tuned slices.
+            ModelError: the tuned slices are of another model.
+        """
         if tuned and self.tuned is None:
             raise ValueError("this model was made without tuned slices")
         with (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from p2d_core.errors import ModelError
 from p2d_core.progress import Progress, no_progress
@@ -105,23 +105,6 @@ def _refuse_code(file: Path) -> None:
                 waiting.append(value)
 
 
-def most_tokens(folder: Path) -> int:
-    """How many tokens the model's positions reach; without a limit in its config, very many.
-
-    Raises:
-        ModelError: the limit is no number of tokens.
-    """
-    limit = json_object(folder / "config.json").get("max_position_embeddings")
-    if limit is None:
-        return sys.maxsize
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ModelError(
-            f"{folder / 'config.json'}: `max_position_embeddings` is {limit!r}; it has to be a "
-            "number of tokens. Save the model again."
-        )
-    return limit
-
-
 def said(error: Exception) -> str:
     text = " ".join(str(error).split())[:500].rstrip(".")
     return f"{type(error).__name__}{': ' if text else ''}{text}."
@@ -150,6 +133,25 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ModelError(f"{index}: names {name}, which is not there. Copy it, too.")
     return sorted({folder / name for name in named.values()})
+
+
+def n_tensors(file: Path) -> int:
+    """How many tensors a safetensors file has, by its header.
+
+    Raises:
+        ModelError: it is not whole.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return len(list(tensors.keys()))
+    except (OSError, SafetensorError) as error:
+        raise not_whole(file, error) from error
+
+
+def not_whole(file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{file}: not a whole safetensors file ({said(error)}) Copy or save the model again."
+    )
 
 
 def model_hash(folder: Path, progress: Progress = no_progress) -> str:

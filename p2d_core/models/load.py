@@ -32,7 +32,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(folder: Path, precision: str, device: torch.device) -> Any:
-    """A causal language model in evaluation mode, attention through SDPA.
+    """A causal language model in evaluation mode.
+
+    Its attention is what transformers takes by itself: SDPA where the family has it.
 
     Raises:
         ModelError: transformers cannot make a model of the folder.

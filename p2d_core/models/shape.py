@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from p2d_core.attention.layout import (
     slices_of,
 )
 from p2d_core.errors import ModelError, SettingsError, UnsupportedModelError
-from p2d_core.models.folder import said
+from p2d_core.models.folder import json_object, n_tensors, said, weight_files
+
+POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""What configs call the tokens that positions reach; transformers takes GPT-2's ``n_positions`` for
+the first."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+"""What config.json calls the number of layers."""
 
 
 def layers_of(folder: Path) -> tuple[AttentionLayer, ...]:
@@ -80,23 +87,87 @@ def check_gradient_checkpointing(folder: Path) -> None:
         )
 
 
+def most_tokens(folder: Path) -> int:
+    """How many tokens the model's positions reach; without a limit in its config, very many.
+
+    Raises:
+        ModelError: transformers cannot read the config, or the limit is no number of tokens.
+    """
+    name, limit = positions_of(config_of(folder))
+    if limit is None:
+        return sys.maxsize
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ModelError(
+            f"{folder / 'config.json'}: `{name}` is {limit!r}; it has to be a number of tokens. "
+            "Save the model again."
+        )
+    return limit
+
+
+def positions_of(config: Any) -> tuple[str, Any]:
+    """What a config calls the tokens that positions reach, and how many it says; None: no limit."""
+    text = config.get_text_config()
+    for name in POSITIONS:
+        if (limit := getattr(text, name, None)) is not None:
+            return text.attribute_map.get(name, name), limit
+    return POSITIONS[0], None
+
+
 def without_weights(folder: Path) -> Any:
     """The model that a folder's config makes, on the meta device.
 
     Raises:
         ModelError: transformers cannot make a model of the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = config_of(folder)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise _no_model(folder, error) from error
+
+
+def config_of(folder: Path) -> Any:
+    """The config of a model folder, as transformers reads it.
+
+    Raises:
+        ModelError: transformers cannot read it, or it has more layers than the weights have
+            tensors.
+    """
+    from transformers import AutoConfig
+
+    # first: transformers' own configs list their layers, and a billion of them fill the memory
+    _check_layers(folder)
     try:
         config = AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        config.get_text_config()  # fails where there are several
+        return config
     except Exception as error:
-        # a config can be wrong in more ways than transformers looks for
-        raise ModelError(
-            f"{folder}: transformers cannot make a model of its config.json: {said(error)} "
-            "Save the model again."
-        ) from error
+        raise _no_model(folder, error) from error
+
+
+def _no_model(folder: Path, error: Exception) -> ModelError:
+    # a config can be wrong in more ways than transformers looks for
+    return ModelError(
+        f"{folder}: transformers cannot make a model of its config.json: {said(error)} "
+        "Save the model again."
+    )
+
+
+def _check_layers(folder: Path) -> None:
+    file = folder / "config.json"
+    values = json_object(file)
+    total = sum(map(n_tensors, weight_files(folder)))
+    # one of a model for more than texts has its parts inside
+    for part in (values, *(each for each in values.values() if isinstance(each, dict))):
+        for name in LAYERS:
+            n_layers = part.get(name)
+            if isinstance(n_layers, int) and n_layers > total:
+                raise ModelError(
+                    f"{file}: `{name}` is {n_layers}, but the weights are {total} tensors in all. "
+                    "Save the model again."
+                )

@@ -14,7 +14,7 @@ from p2d_core.attention.layout import (
     AttentionLayer,
 )
 from p2d_core.errors import ModelError
-from p2d_core.models.folder import IN_FILES, json_object, said, weight_files
+from p2d_core.models.folder import IN_FILES, n_tensors, not_whole, said, weight_files
 from p2d_core.models.load import load_tokenizer
 from p2d_core.models.shape import attention_of, without_weights
 from p2d_core.progress import Progress, no_progress
@@ -37,18 +37,10 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
             missing, of another shape or no numbers.
     """
     weights = weight_files(folder)
-    n_tensors = _n_tensors(weights)
-    config_file = folder / "config.json"
-    n_layers = json_object(config_file).get("num_hidden_layers")
-    if isinstance(n_layers, int) and n_layers > n_tensors:
-        raise ModelError(
-            f"{config_file}: `num_hidden_layers` is {n_layers}, but the weights are {n_tensors} "
-            "tensors in all. Save the model again."
-        )
     model = without_weights(folder)
     layers = attention_of(model, folder)
     _check_weights(folder)
-    _check_numbers(weights, n_tensors, progress)
+    _check_numbers(weights, progress)
     tokenizer = load_tokenizer(folder)
     Encoder(tokenizer)
     known = model.get_input_embeddings().weight.shape[0]
@@ -59,17 +51,6 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
             "Give the tokenizer that the model was trained with."
         )
     return layers
-
-
-def _n_tensors(weights: Sequence[Path]) -> int:
-    n_tensors = 0
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                n_tensors += len(list(tensors.keys()))
-        except (OSError, SafetensorError) as error:
-            raise _not_whole(file, error) from error
-    return n_tensors
 
 
 def stored_precision(folder: Path) -> str:
@@ -85,14 +66,8 @@ def stored_precision(folder: Path) -> str:
                 names = tensors.keys()
                 counted.update(tensors.get_slice(name).get_dtype() for name in names)
         except (OSError, SafetensorError) as error:
-            raise _not_whole(file, error) from error
+            raise not_whole(file, error) from error
     return IN_FILES.get(counted.most_common(1)[0][0], "float32") if counted else "float32"
-
-
-def _not_whole(file: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"{file}: not a whole safetensors file ({said(error)}) Copy or save the model again."
-    )
 
 
 def _check_weights(folder: Path) -> None:
@@ -128,7 +103,8 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _check_numbers(weights: Sequence[Path], n_tensors: int, progress: Progress) -> None:
+def _check_numbers(weights: Sequence[Path], progress: Progress) -> None:
+    total = sum(map(n_tensors, weights))
     done = 0
     for file in weights:
         with safe_open(file, framework="pt") as tensors:
@@ -140,7 +116,7 @@ def _check_numbers(weights: Sequence[Path], n_tensors: int, progress: Progress) 
                         "The model is broken: save or download it again."
                     )
                 done += 1
-                progress(done, n_tensors)
+                progress(done, total)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -66,7 +66,12 @@ def parts_of(
     spec: SelectionSpec,
     notes: list[str],
 ) -> list[Part]:
-    """Who competes with whom, for how many places."""
+    """Who competes with whom, for how many places.
+
+    Raises:
+        InputError: a quota is of a source that the corpus does not have, or all are too small for
+            one sample.
+    """
     quotas = {} if spec.at_random else dict(spec.quotas)
     unknown = sorted(set(quotas) - set(by_source))
     if unknown:
@@ -105,6 +110,18 @@ def parts_of(
         add(f"source = $source{number}", {f"source{number}": source}, [source], due)
         left -= due
     others = [source for source in by_source if source not in quotas]
+    rest = sum(sum(by_source[source].values()) for source in others)
+    if left == wanted and not rest:
+        shares = ", ".join(f"{source} {share:g}" for source, share in quotas.items())
+        raise InputError(
+            f"selection.quotas: the quotas ({shares}) of a budget of {wanted} round to 0 samples "
+            "each, and no other source is left. Raise selection.fraction, or take out a quota."
+        )
+    if rest < left:
+        notes.append(
+            f"quotas: {wanted} samples were wanted, {wanted - left + rest} were taken: of the "
+            f"{left} that no quota takes, sources without one have {rest}"
+        )
     if others:
         named = {f"source{number}": source for number, source in enumerate(quotas)}
         condition = " AND ".join(f"source <> ${name}" for name in named) or "true"

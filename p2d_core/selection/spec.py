@@ -25,7 +25,8 @@ class SelectionSpec:
     seed: int = 0
     where: str | None = None
     """SQL condition over the scores' columns, see `where.checked_condition`; only samples that meet
-    it are candidates. Those drawn at random are from the whole corpus all the same."""
+    it are candidates, for replay too. With ``at_random`` it bounds how many samples are drawn, and
+    the whole corpus is drawn from all the same."""
     at_random: bool = False
     """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
 

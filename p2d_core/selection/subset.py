@@ -113,8 +113,8 @@ def select_subset(
         progress: is told of about how many percent of the queries are done.
 
     Raises:
-        InputError: the corpus has no samples, none of them meets ``where``, or a quota is of a
-            source that it does not have.
+        InputError: the corpus has no samples, none of them meets ``where``, a quota is of a source
+            that it does not have, or the quotas are too small for one sample.
     """
     with duckdb.connect(
         config={"memory_limit": MEMORY, "temp_directory": str(folder / SPILL)}

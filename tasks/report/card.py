@@ -213,7 +213,7 @@ def _of_run(card: Card, summary: Summary) -> list[str]:
         loss = f"{quality.losses[arm]:.3f}" if arm in quality.losses else ""
         rows.append([f"**{name}**" if arm == card.arm else name, *others, loss])
     lines += ["## Quality", *table(columns, rows, gap=""), *further_tables(summary, gap="")]
-    lines += [f"- {escaped(sentence)}" for sentence, _ in verdict(quality)]
+    lines += [f"- {escaped(sentence)}" for sentence, _ in verdict(summary)]
     aer = summary.aer
     return [
         *lines,

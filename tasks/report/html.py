@@ -28,7 +28,7 @@ def as_html(page: Page) -> str:
         page=page,
         summary=summary,
         aer=summary.aer,
-        verdict=verdict(summary.quality),
+        verdict=verdict(summary),
         further=further(summary),
         terms=TERM_NAMES,
         times=times,

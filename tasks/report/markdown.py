@@ -81,7 +81,7 @@ def _note(page: Page, links: Iterable[tuple[str, str]], picture: str, length: in
     better = "higher" if quality.higher_is_better else "lower"
     columns = ["", "trained", f">{escaped(page.metric)} ({better} is better)", ">retention"]
     lines += table(columns, ([escaped(cell) for cell in arm[1:]] for arm in page.arms))
-    lines += [f"- {escaped(sentence)}" for sentence, _ in verdict(quality)]
+    lines += [f"- {escaped(sentence)}" for sentence, _ in verdict(summary)]
     lines += further_tables(summary)
     lines += ["", "**Head map**: " + escaped(page.heads_text)]
     if page.head_map:

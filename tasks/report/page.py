@@ -183,7 +183,7 @@ class Page:
             (
                 arm,
                 ARM_NAMES[arm],
-                trained_on(arm, self.share),
+                trained_on(arm, self.share, self.summary.trainable.adaptation),
                 f"{value:.3f}",
                 f"{quality.retention[arm]:.3f}" if arm in quality.retention else "",
             )
@@ -214,7 +214,8 @@ class Page:
     def notes(self) -> list[str]:
         """What a person should know."""
         summary = self.summary
-        notes = [f"{one.rows:,} rows of {one.source} left out" for one in summary.rejected]
+        notes = [summary.aer.caveat] if summary.aer.caveat else []
+        notes += [f"{one.rows:,} rows of {one.source} left out" for one in summary.rejected]
         notes += [summary.heads.agreement.text] if summary.heads.agreement else []
         notes += summary.selection.notes
         if len(notes) > MOST_NOTES:

@@ -97,9 +97,10 @@ def write_arms(
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level of dotted keys; what is empty is left out."""
+    """Nested settings as one level of dotted keys, as MLflow takes them; without what is empty."""
     found: dict[str, str] = {}
-    for key, value in settings.items():
+    for name, value in settings.items():
+        key = _safe(name)
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value):
@@ -285,5 +286,5 @@ def _out_of(part: int, whole: int) -> str:
 
 
 def _safe(name: str) -> str:
-    """As MLflow wants a part of a metric's name."""
+    """As MLflow wants a part of the name of a parameter or metric."""
     return "".join(c if c.isalnum() or c in "_-. " else "_" for c in name)[:200] or "_"

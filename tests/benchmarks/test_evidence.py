@@ -85,8 +85,10 @@ def test_the_page_names_the_machine_of_a_study(tmp_path):
 
 
 def hasty(folder: Path, seed: int) -> RunSettings:
-    """The demo with hardly any training."""
+    """The demo with a part of its corpus and hardly any training."""
     values = plain(folder, seed).model_dump(mode="json")
+    for source in values["corpus"]["sources"]:
+        source["limit"] = 300
     values["proxy"] |= {"epochs": 1}
     values["heads"] |= {"proxy_epochs": 1}
     values["training"] |= {"epochs": 1}

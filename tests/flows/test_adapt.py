@@ -11,6 +11,7 @@ import pytest
 from flows.adapt import run_adapt
 from flows.presets import PRESETS
 from flows.settings import load_settings, parse_settings
+from p2d_core.aer import machine_name
 from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER
@@ -106,6 +107,26 @@ def test_the_adapter_is_registered_once_and_the_report_of_each_run_is_kept(job):
     assert (again.registered.version, again.registered.reused) == ("1", True)
     for done in (job.first, again):
         assert done.run_id in (job.store / "reports" / f"{done.run_id}.html").read_text()
+
+
+def test_other_evaluation_samples_leave_the_target_as_it_is(job):
+    """They have a source of their own; of the corpus they are left out, which is made anew."""
+    lines = (job.folder / "evaluation.jsonl").read_text().splitlines(keepends=True)
+    (job.folder / "fewer.jsonl").write_text("".join(lines[:-2]))
+    source = {"path": "fewer.jsonl", "name": "evaluation"}
+    again = job.run(evaluation={"source": source, "samples": 7})
+    assert {"proxy", "heads", "head_proxy", "measurements"} <= set(again.reused)
+    assert "evaluation" in computed(again)
+
+
+def test_an_aer_of_several_machines_says_so(job, monkeypatch):
+    assert job.first.aer.machines == [machine_name()]
+    assert job.first.aer.caveat == ""
+    monkeypatch.setattr("p2d_core.aer.machine_name", lambda: "Abacus 3000")
+    again = job.run(training={"epochs": 2}, arms={"full": "calibrated"})
+    assert again.aer.machines == sorted(["Abacus 3000", machine_name()])
+    assert "of several machines (" in again.aer.caveat
+    assert "Abacus 3000" in again.aer.caveat
 
 
 def test_another_budget_recomputes_from_the_subset_on(job):
@@ -238,6 +259,13 @@ def test_a_given_head_map_skips_proxy_and_ranking(job):
     assert given.heads.ids == job.first.heads.ids
     other = job.run(head_map=job.first.artifacts["heads"], heads={"ranker": "ablation"})
     assert other.heads.ranker == "frobenius"
+    assert given.selection.notes == job.first.selection.notes
+    assert other.selection.notes[-1] == (
+        "heads.* of the settings was not looked at: the head map that was given is by frobenius, "
+        "with heads.fraction 0.1"
+    )
+    wide = job.run(head_map=job.first.artifacts["heads"], heads={"fraction": 0.5})
+    assert wide.selection.notes == other.selection.notes
 
 
 def test_a_given_head_map_still_has_its_price(job):

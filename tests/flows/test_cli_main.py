@@ -4,17 +4,23 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from flows.cli import doctor
 from flows.cli.config import commented_yaml
 from flows.presets import Preset
 from flows.settings import RunSettings, load_settings
+from p2d_core.adaptation.adaptations import adaptations
+from p2d_core.affinity import scorers
 from p2d_core.errors import DataError, TrainingError
+from p2d_core.evaluation import metrics
+from p2d_core.heads.ranking import rankers
 
 HEAVY = ("torch", "prefect", "mlflow", "pandas", "duckdb", "pyarrow", "numpy", "pydantic", "yaml")
 
@@ -115,6 +121,27 @@ def test_a_head_map_that_is_not_there_is_wrong_input(p2d, tmp_path):
     code, _, err = p2d("adapt", "my.yaml", "--head-map", "artifacts/heads/abc")
     assert code == 2
     assert "there is no heads artifact 'artifacts/heads/abc'" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "registry"),
+    [
+        ("scorers", scorers), ("rankers", rankers), ("adaptations", adaptations),
+        ("metrics", metrics),
+    ],
+)  # fmt: skip
+def test_every_plug_in_is_listed_with_what_it_is_and_its_options(p2d, kind, registry):
+    code, shown, _ = p2d("config", "--list", kind)
+    assert code == 0
+    assert max(map(len, shown.splitlines())) <= 100
+    listed = yaml.safe_load(shown)
+    assert list(listed) == list(registry)
+    for name, said in listed.items():
+        options = (said or {}).get("options", {})
+        known = [f.name for f in fields(registry.get(name)) if f.init] if kind != "metrics" else []
+        assert list(options) == known, name
+        if kind != "metrics" and name != "sum":
+            assert registry.make(name, options) == registry.make(name, {}), "the defaults"
 
 
 def test_the_written_settings_load_again_as_the_defaults(p2d, tmp_path):

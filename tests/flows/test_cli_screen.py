@@ -129,6 +129,50 @@ def test_selecting_that_costs_more_than_it_saves_is_said(refs):
     assert "took LONGER" not in screen(summary(refs))
 
 
+@pytest.mark.parametrize(
+    ("adaptation", "p2d", "random", "form"),
+    [
+        ("heads", "task heads, 10.0%", "same heads, 10.0%", "lora"),
+        ("lora", "LoRA, 10.0%", "LoRA, 10.0%", "lora"),
+        ("full", "all parameters, 10.0%", "all parameters, 10.0%", "merged"),
+        ("attention", "all attention, 10.0%", "all attention, 10.0%", "merged"),
+    ],
+)
+def test_what_moved_is_said_of_every_adaptation(refs, adaptation, p2d, random, form):
+    done = summary(refs, trainable__adaptation=adaptation, quality__proxy=0.3)
+    text = flat(screen(done))
+    assert f"P2D {p2d} of the corpus" in text
+    assert f"random subset {random} of the corpus" in text
+    of_heads = adaptation == "heads"
+    assert f"{'same' if of_heads else 'task'} heads, none of the corpus" in text
+    assert ("same size with the same heads" in text) == of_heads
+    assert ("same size with the same adaptation" in text) != of_heads
+    assert f"p2d export {done.run_id} --as {form} --to adapted" in text
+
+
+def test_labels_are_counted_to_a_dozen_lines_and_obey_no_terminal(refs):
+    labels = {f"label {i}": 40 - i for i in range(20)} | {"\x1b[31mred": 1}
+    text = screen(summary(refs, selection__by_label=labels))
+    assert "label 10 " in text
+    assert "label 11 " not in text
+    # 29 + 28 + ... + 21 and the one of the last
+    assert "10 others 226" in flat(text)
+    assert "\x1b" not in screen(summary(refs, selection__by_label={"\x1b[31mred": 1}))
+
+
+def test_runs_that_a_server_has_are_looked_at_there(refs):
+    server = {"tracking_uri": "http://mlflow.team:5000", "run_id": "1", "experiment": "p2d"}
+    text = screen(summary(refs, mlflow=server))
+    assert "charts, pictures and the adapter, in MLflow at http://mlflow.team:5000" in text
+    assert "p2d ui" not in text
+    assert "p2d explain 3" in text
+
+
+def test_a_store_with_a_space_in_its_name_is_quoted(refs):
+    done = summary(refs, artifacts={"heads": "my store/heads/abc"})
+    assert "p2d ui --store 'my store'" in screen(done)
+
+
 def test_a_picture_too_wide_for_the_screen_is_left_to_the_file(refs):
     assert "layer 0" not in screen(summary(refs), 80, Text("layer 0 " + "▓" * 80))
 
@@ -153,13 +197,11 @@ def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     with StageProgress(console) as progress, progress.stage("measurements") as tell:
         tell(0, 40)
         tell(20, 40)
-        progress.update(30, 40, "shard 3")
     lines = [line.split(" ", 1)[1] for line in console.file.getvalue().splitlines()]
     assert lines[0] == "measurements: 0 of 40"
     assert lines[1].startswith("measurements: 20 of 40, ")
     assert lines[1].endswith(" left")
-    assert lines[2].startswith("measurements: shard 3: 30 of 40")
-    assert lines[3].startswith("measurements: done in ")
+    assert lines[2].startswith("measurements: done in ")
 
 
 def test_progress_in_a_terminal_leaves_nothing_behind():

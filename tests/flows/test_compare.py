@@ -9,13 +9,13 @@ from mlflow import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.filters import FlowFilter, TaskRunFilter
 
-from flows.cli.compare import show
+from flows.cli.compare import refuse_if_all_failed, show
 from flows.compare import attempt, grid_of, run_compare
 from flows.inputs import check_inputs
 from flows.settings import RunSettings, load_settings, parse_settings
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, read
 from p2d_core.comparison.picture import PICTURE
-from p2d_core.errors import InputError, SettingsError
+from p2d_core.errors import InputError, P2DError, SettingsError
 from p2d_core.heads.head_map import HEADS, read_head_map
 from p2d_core.selection.subset import SUBSET
 from p2d_core.store import Store
@@ -65,6 +65,55 @@ def test_a_ranker_may_have_a_share_of_the_heads_of_its_own(compared):
     arms = grid_of(settings.model_copy(update={"compare": compare})).arms
     shares = {arm.ranker: its.heads.fraction for arm, its in arms.items() if arm.ranker != NONE}
     assert shares == {"frobenius": settings.heads.fraction, "wide": 0.5}
+
+
+def test_what_the_run_would_take_has_the_options_of_the_run(compared):
+    _, file, _ = compared
+    own = {
+        "heads": {"ranker": "taylor", "options": {"normalise_layers": True}},
+        "scoring": {"scorer": "head-activation", "options": {"whiten": False}},
+        "training": {"adaptation": "lora", "options": {"rank": 2}},
+    }
+    bare = {"name": "head-activation", "label": "as it comes", "options": {}}
+    grid = {
+        "rankers": ["taylor", "random"],
+        "scorers": ["head-activation", bare],
+        "adaptations": ["lora", "full"],
+    }
+    values = yaml.safe_load(file.read_text()) | own | {"compare": grid}
+    arms = grid_of(parse_settings(values, file)).arms
+    assert {
+        (arm.scorer, its.scoring.options.get("whiten")) for arm, its in arms.items()
+    } == {("head-activation", False), ("as it comes", None)}  # fmt: skip
+    rankers = {arm.ranker: its.heads.options for arm, its in arms.items()}
+    assert rankers == {"taylor": {"normalise_layers": True}, "random": {}}
+    ranks = {arm.adaptation: its.training.options for arm, its in arms.items()}
+    assert ranks == {"lora": {"rank": 2}, "full": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "of"),
+    [
+        ("scorers", "fraction", "rankers"),
+        ("adaptations", "fraction", "rankers"),
+        ("rankers", "learning_rate", "adaptations"),
+        ("scorers", "learning_rate", "adaptations"),
+    ],
+)
+def test_what_would_not_be_looked_at_is_refused(compared, kind, field, of):
+    job, _, _ = compared
+    values = job.values | {"compare": {kind: [{"name": "random", field: 0.2}]}}
+    with pytest.raises(SettingsError, match=f"'random' has a {field}, which is of {of} alone"):
+        parse_settings(values, job.folder / "x.yaml")
+
+
+def test_a_comparison_of_which_every_arm_failed_has_failed():
+    arm = Arm("random", NONE, "full", 0.1)
+    of_base = ArmRun(Arm(BASE, NONE, NONE, 0.0), 0, quality=0.1)
+    broken = [ArmRun(arm, seed, error="no memory") for seed in (0, 1)]
+    with pytest.raises(P2DError, match="all 2 runs of arms failed, for the reasons above"):
+        refuse_if_all_failed([of_base, *broken])
+    refuse_if_all_failed([of_base, broken[0], ArmRun(arm, 1, quality=0.2)])
 
 
 def test_every_share_of_the_corpus_is_an_arm(compared):

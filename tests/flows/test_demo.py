@@ -75,10 +75,11 @@ def test_a_second_run_reuses_everything_in_twenty_seconds():
     assert summary["aer"]["this_run"] < 0.1 * summary["aer"]["cold"]
     assert summary["quality"] == demo().summary["quality"]
     assert summary["seconds"] <= 5
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", IMPORTED], check=True)
-    # on a machine that does other work beside, both take longer
-    assert again.seconds <= max(AGAIN_SECONDS, 2 * (time.perf_counter() - start))
+    if again.seconds > AGAIN_SECONDS:
+        # on a machine that does other work beside, both take longer
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", IMPORTED], check=True)
+        assert again.seconds <= 2 * (time.perf_counter() - start)
 
 
 def test_every_artifact_verifies():

@@ -89,3 +89,15 @@ def test_the_command_says_it_and_fails_where_it_has_to(tmp_path, monkeypatch, ca
     code, out = doctor(folder)
     assert code == 1
     assert "auto_map" in out
+
+
+def test_a_folder_without_a_model_is_a_finding_like_others(tmp_path):
+    (said,) = examine_model(tmp_path / "nowhere")
+    assert (said.what, said.fatal) == ("model", True)
+    assert said.cure == "Give --model a folder as transformers saves one, or hf://OWNER/NAME."
+
+
+def test_a_name_that_is_none_of_the_hub_is_a_finding_like_others():
+    (said,) = examine_model("hf://no-owner")
+    assert "hf://no-owner" in said.found
+    assert said.fatal

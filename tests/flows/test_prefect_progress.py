@@ -18,7 +18,7 @@ def at_once(monkeypatch):
 
 
 def test_a_stage_tells_how_far_it_is_and_ends_at_what_was_done(at_once, caplog):
-    caplog.set_level(logging.INFO, "tasks.progress")
+    caplog.set_level(logging.INFO, "flows.prefect_progress")
     with told_to_prefect(), progress_of("model (p2d)") as progress:
         progress(1, 4)
         assert Artifact.get("progress-model-p2d").data == 25.0

@@ -52,6 +52,28 @@ def test_hub_names_stay_as_they_are(tmp_path):
     assert parse_settings(values, tmp_path / "r.yaml").target.path == "hf://datasets/openai/gsm8k"
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/pool/chats.v2.jsonl", "chats.v2"),
+        ("data/pool", "pool"),
+        ("data/pool/*.jsonl", "pool"),
+        ("data/pool/part-[0-9].parquet", "pool"),
+        ("hf://datasets/me/llama-3.1-data", "llama-3.1-data"),
+        ("hf://datasets/me/chats@0123abc", "chats"),
+    ],
+)
+def test_a_source_without_a_name_is_called_what_a_person_would_call_it(tmp_path, path, name):
+    values = {"base": "b", "target": {"path": path}}
+    assert parse_settings(values, tmp_path / "r.yaml").target.name == name
+
+
+def test_a_tag_that_mlflow_would_refuse_after_the_run_is_refused_before(tmp_path):
+    values = {"base": "b", "target": {"path": "t"}, "tracking": {"tags": {"team (blue)": "x"}}}
+    with pytest.raises(SettingsError, match=r"`tracking.tags.team \(blue\).*should match pattern"):
+        parse_settings(values, tmp_path / "r.yaml")
+
+
 def test_a_file_that_is_not_there_says_how_to_get_one(tmp_path):
     with pytest.raises(SettingsError, match=r"run.yaml: there is no such file. `p2d config >"):
         load_settings(tmp_path / "run.yaml")

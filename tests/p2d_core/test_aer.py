@@ -33,11 +33,6 @@ def test_the_order_of_adding_does_not_matter(one, two, three):
     assert one + Cost() == one
 
 
-@given(costs)
-def test_a_cost_survives_its_manifest(cost):
-    assert Cost.from_dict(cost.as_dict()) == cost
-
-
 def test_a_block_is_measured():
     with measured() as watch:
         watch.samples, watch.tokens = 3, 70

@@ -288,6 +288,8 @@ def test_a_database_that_is_there_is_left_alone(store):
 def test_settings_become_one_level_of_keys():
     nested = {"a": {"b": 1, "c": None}, "d": [{"e": "x"}, {"e": "y"}], "f": [1, 2], "g": []}
     assert flat(nested) == {"a.b": "1", "d.0.e": "x", "d.1.e": "y", "f": "[1, 2]"}
+    # a source may have any name; MLflow refuses parameters with most
+    assert flat({"quotas": {"train (1)": 0.3}}) == {"quotas.train _1_": "0.3"}
 
 
 @pytest.mark.parametrize("affinity", [[1.0] * 40, [float("nan")] * 40, [float("-inf")] * 40])

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
+from p2d_core.adaptation import training
 from p2d_core.adaptation.adaptations import adaptations, adapted, n_trainable
 from p2d_core.adaptation.calibration import calibrate_full
 from p2d_core.adaptation.slices import merged as merged_slices
@@ -23,6 +26,7 @@ from p2d_core.adaptation.training import _last_checkpoint, _seal, train
 from p2d_core.attention.layout import attention_layers, slices_of
 from p2d_core.errors import TrainingError
 from p2d_core.heads.head_map import HeadMap
+from p2d_core.processes import ALONE
 from p2d_core.samples.tokens import EncodedSample
 from tests.tiny import tiny_llama
 
@@ -298,3 +302,38 @@ def test_heads_are_tuned_in_bfloat16(tmp_path):
         dim, index = may_move.get(name.removesuffix(".weight"), (0, torch.empty(0)))
         assert set(moved[:, dim].tolist()) <= set(index.tolist())
         assert bool(len(moved)) == bool(len(index)), name
+
+
+def test_a_calibrated_step_has_the_optimizer_of_training(monkeypatch, tmp_path):
+    """The plain one takes several times as long on a CPU, and the AER would be too good."""
+    made = []
+    usual = torch.optim.AdamW.__init__
+
+    def seen(self, *given, **named):
+        usual(self, *given, **named)
+        made.append([group["fused"] for group in self.param_groups])
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", seen)
+    model = tiny_llama()
+    spec = TrainingSpec(epochs=1, learning_rate=1e-3, batch_size=4, seed=0)
+    calibrate_full(model, encoded(), spec, pad_id=0, n_corpus=8, steps=1)
+    train(model, encoded(), spec, pad_id=0, scratch=tmp_path)
+    of_calibration, of_training = made
+    assert set(of_calibration) == set(of_training) == {True}
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch):
+    """Worked by hand: a save of 9 s is followed by 180 s without one, whatever was asked for."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training, "_seal", lambda folder, seconds: now.__setitem__(0, now[0] + 9))
+    watch = training._Watch(None, 60, 0.0, ALONE)
+    state, arguments = TrainerState(), SimpleNamespace(output_dir=".")
+    saved = []
+    for _ in range(500):
+        now[0] += 1
+        control = watch.on_step_end(arguments, state, TrainerControl())
+        if control.should_save:
+            saved.append(now[0])
+            watch.on_save(arguments, state, control)
+    assert saved == [60, 249, 438]

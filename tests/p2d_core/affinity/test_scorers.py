@@ -13,7 +13,7 @@ from p2d_core.affinity import Target, scorers, steps_of
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
-from p2d_core.errors import SettingsError, UnknownNameError
+from p2d_core.errors import InputError, SettingsError, UnknownNameError
 from p2d_core.heads.ranking import rankers
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample, sample_id_of
@@ -146,6 +146,16 @@ def test_head_activation_unwhitened_against_the_proxies_mean_worked_from_outputs
     others = [np.delete(proxies, i, axis=0).mean(axis=0) for i in range(len(proxies))]
     expected = [p @ o / np.linalg.norm(o) for p, o in zip(proxies, others, strict=True)]
     np.testing.assert_allclose(scorer.own_affinity(state, []), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("compare", ["nearest", "mean"])
+def test_one_proxy_sample_alone_has_no_own_affinity(model, heads, compare):
+    scorer = HeadActivation(compare=compare, whiten=False)
+    state = scorer.prepare(model, heads, Target(TARGET.proxy[:1], ()))
+    with pytest.raises(
+        InputError, match=r"head-activation: .* but there is 1 in all\. Give at least 2, or set no"
+    ):
+        scorer.own_affinity(state, [])
 
 
 def test_a_sample_that_is_a_proxy_is_nearest(model, heads):

@@ -34,19 +34,59 @@ def test_a_sum_adds_its_standardised_parts(model, heads):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+def measured_files(scorer, model, heads, shards, folder):
+    files = []
+    for number, shard in enumerate(shards):
+        measured = measure_shard(scorer, model, scorer.prepare(model, heads, NO_TARGET), shard)
+        files.append((folder / f"shard-{number}", folder / f"measured-{number}"))
+        pq.write_table(to_table(shard), files[-1][0])
+        pq.write_table(measured, files[-1][1])
+    return files
+
+
+class WatchedCorpus(MeasuredCorpus):
+    """Notes what is read each time that it is gone through."""
+
+    read: list = []  # noqa: RUF012
+
+    def by_shard(self):
+        self.read.append(self.columns)
+        return super().by_shard()
+
+
+def test_each_part_reads_its_own_columns_alone(model, heads, tmp_path, monkeypatch):
+    monkeypatch.setattr(WatchedCorpus, "read", [])
+    own = {
+        "head-activation": ("head_outputs",),
+        "loss-shift": ("base_loss", "tuned_loss"),
+        "head-proxy-loss": ("tuned_loss",),
+        "length": ("n_response_tokens",),
+        "tfidf": ("prompt", "response"),
+        "bm25": ("prompt", "response"),
+        "random": ("sample_id",),
+    }
+    of_samples = {"n_response_tokens", "prompt", "response", "sample_id"}
+    expected = {
+        tuple(name if name in of_samples else f"{part}/{name}" for name in columns)
+        for part, columns in own.items()
+    }
+    scorer = scorers.make("sum", {"parts": dict.fromkeys(own, 1.0)})
+    corpus = samples(12)
+    shards = [corpus[:7], [], corpus[7:]]
+    files = measured_files(scorer, model, heads, shards, tmp_path)
+    got = list(scorer.affinity(scorer.prepare(model, heads, TARGET), WatchedCorpus(files)))
+    assert set(WatchedCorpus.read) == expected
+    whole = affinities("sum", model, heads, [corpus], parts=dict.fromkeys(own, 1.0))
+    np.testing.assert_allclose(np.concatenate(got), whole, atol=1e-4)
+
+
 def test_each_part_is_a_column_of_the_scores(model, heads, tmp_path):
     corpus = samples(30)
     scorer = scorers.make("sum", {"parts": PARTS, "options": OPTIONS})
     assert scorer.needs_heads
     assert scorer.needs_head_proxy
     assert not scorer.measures_target
-    shards = [corpus[:20], [], corpus[20:]]
-    files = []
-    for number, shard in enumerate(shards):
-        measured = measure_shard(scorer, model, scorer.prepare(model, heads, NO_TARGET), shard)
-        files.append((tmp_path / f"shard-{number}", tmp_path / f"measured-{number}"))
-        pq.write_table(to_table(shard), files[-1][0])
-        pq.write_table(measured, files[-1][1])
+    files = measured_files(scorer, model, heads, [corpus[:20], [], corpus[20:]], tmp_path)
     state = scorer.prepare(model, heads, TARGET)
     step = Step("affinity", scorer)
     outcome = score_corpus(step, state, MeasuredCorpus(files), tmp_path / "scores.parquet")

@@ -140,6 +140,38 @@ def test_a_quota_of_a_source_that_is_not_there_names_those_that_are(tmp_path):
         corpus.choose(fraction=0.5, quotas=(("c", 0.5),))
 
 
+def test_places_that_no_quota_takes_and_no_other_source_fills_are_said(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(10)])
+    # 5 x 0.3 rounds to 2, 5 x 0.5 to 2
+    assert len(corpus.choose(fraction=0.5, quotas=(("a", 0.3), ("b", 0.5)))) == 4
+    assert corpus.chosen.notes == [
+        "quotas: 5 samples were wanted, 4 were taken: of the 1 that no quota takes, sources "
+        "without one have 0"
+    ]
+    assert len(corpus.choose(fraction=0.8, quotas=(("a", 0.25),))) == 7
+    assert corpus.chosen.notes == [
+        "quotas: 8 samples were wanted, 7 were taken: of the 6 that no quota takes, sources "
+        "without one have 5"
+    ]
+
+
+@pytest.mark.parametrize("replay", [0.0, 0.5])
+@pytest.mark.parametrize("gates", [0, 1])
+def test_quotas_that_all_round_to_no_sample_are_refused_where_no_source_is_left(
+    gates, replay, tmp_path
+):
+    corpus = Corpus(tmp_path, [1.0] * 10, [1] * 10, gates=gates)
+    with pytest.raises(
+        InputError,
+        match=r"selection\.quotas: the quotas \(a 0\.5, b 0\.5\) of a budget of 1 round to 0 .* "
+        r"Raise selection\.fraction, or take out a quota\.",
+    ):
+        corpus.choose(
+            fraction=0.2 if replay else 0.1, replay=replay, quotas=(("a", 0.5), ("b", 0.5))
+        )
+    assert len(corpus.choose(fraction=0.1, quotas=(("a", 0.5),))) == 1
+
+
 @pytest.mark.parametrize("quotas", [(("a", 0.7), ("b", 0.4)), (("a", 0.0),), (("a", 0.1),) * 2])
 def test_quotas_that_cannot_be_are_refused(quotas):
     with pytest.raises(SettingsError, match=r"selection\.quotas"):

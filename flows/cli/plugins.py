@@ -1,0 +1,83 @@
+"""What rankers, scorers, adaptations and metrics there are, and the settings of each."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from flows.cli.text import WIDEST, yaml_value
+
+Kind = Literal["scorers", "rankers", "adaptations", "metrics"]
+REGISTRIES = {
+    "scorers": ("p2d_core.affinity", "scoring: {scorer: NAME, options: {...}}"),
+    "rankers": ("p2d_core.heads.ranking", "heads: {ranker: NAME, options: {...}}"),
+    "adaptations": (
+        "p2d_core.adaptation.adaptations",
+        "training: {adaptation: NAME, options: {...}}",
+    ),
+    "metrics": ("p2d_core.evaluation", "evaluation: {metric: NAME}"),
+}
+"""Kind -> the module of its registry, and where the settings name one."""
+BESIDE = 34
+
+
+def described(kind: Kind) -> Iterator[str]:
+    """Lines of YAML: every plug-in of a kind, what it is, and its options with their defaults."""
+    module, place = REGISTRIES[kind]
+    registry = getattr(import_module(module), kind)
+    yield f"# In the settings:  {place}"
+    for name in registry:
+        plugin = registry.get(name)
+        yield ""
+        yield f"{name}:"
+        yield from _wrapped(_meaning(plugin), "  # ")
+        options = [each for each in fields(plugin) if each.init] if is_dataclass(plugin) else []
+        if options:
+            yield "  options:"
+        meanings = _meanings(plugin) if options else {}
+        for option in options:
+            yield from _entry(option, meanings.get(option.name, ""))
+
+
+def _entry(option: Field[Any], meaning: str) -> Iterator[str]:
+    default = option.default
+    if default is MISSING and option.default_factory is not MISSING:
+        default = option.default_factory()
+    entry = f"    {option.name}: {yaml_value(None if default is MISSING else default)}".rstrip()
+    beside = f"{entry:<{BESIDE}}  # {meaning}"
+    if not meaning or len(beside) > WIDEST:
+        yield from _wrapped(meaning, "    # ")
+        yield entry
+    else:
+        yield beside
+
+
+def _meaning(plugin: Any) -> str:
+    """The first paragraph of its docstring, and what it costs if another one says so."""
+    paragraphs = [" ".join(each.split()) for each in (inspect.getdoc(plugin) or "").split("\n\n")]
+    costs = [each for each in paragraphs[1:] if each.startswith("Costs")]
+    return " ".join([*paragraphs[:1], *costs])
+
+
+def _meanings(plugin: Any) -> dict[str, str]:
+    """The string that stands below each field of a dataclass."""
+    found: dict[str, str] = {}
+    for owner in reversed(inspect.getmro(plugin)):
+        if not is_dataclass(owner):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                found[field.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    return textwrap.wrap(text, WIDEST, initial_indent=start, subsequent_indent=start)
