@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.counted import forward_operations, scoring_operations
-from benchmarks.figures import Figure, alternate, figure, matrix_product_rate
+from benchmarks.figures import RUNS, Figure, alternate, figure, matrix_product_rate
 from benchmarks.generated import captured, random_model, samples
 from benchmarks.sizes import Shape, Size
 from p2d_core.adaptation.adaptations import Attention, attention_slices
@@ -40,10 +42,13 @@ IN_DOMAIN = 0.25
 CHAIN_PROXIES = 100
 """As many as a run has by default: fewer make the gate of the domain too narrow."""
 WIDER = 256
-GROWTH_SHAPE = Shape("tiny-llama", 32, 1, 2, 1, 16, 32, 8_004)
+GROWTH_SHAPE = Shape("demo-base", 128, 4, 8, 4, 16, 256, 8_004)
+"""The smallest that anything here is adapted from: of a larger one the passes alone would count."""
 PROXY_STEPS, PROXY_ROWS = 3, 8
 SHORTER = 12.0
-"""Growth is of reading, tokenising, comparing and writing: its samples and its model are tiny."""
+"""Growth is of reading, tokenising, comparing and writing: its samples have 15 tokens."""
+LEAST_IN_A_FIFTH = 4_000
+"""Samples of a small corpus, scored again and again, beside a fifth of the largest one's."""
 
 
 def measure(size: Size) -> Iterator[Figure]:
@@ -280,20 +285,8 @@ def growth(size: Size) -> Iterator[Figure]:
         for n in size.growth:
             corpora.append(_Corpus(Path(folder) / str(n), n))
             write_shards(_generated(n), corpora[-1].folder)
-        run = GrowthRun()
-        # a small corpus again and again, so that none is measured in a fraction of a second
-        times = [max(1, size.growth[1] // corpus.n) for corpus in corpora]
-        seconds = alternate(
-            *(
-                lambda c=corpus, n=n: [run(c) for _ in range(n)]
-                for corpus, n in zip(corpora, times, strict=True)
-            )
-        )
+        a_sample = side_by_side(corpora)
         memory = [_peak_megabytes(corpus) for corpus in corpora]
-    a_sample = [
-        [s / (n * c.n) for s in of_corpus]
-        for of_corpus, n, c in zip(seconds, times, corpora, strict=True)
-    ]
     middle = [median(times) for times in a_sample]
     slowest, fastest = middle.index(max(middle)), middle.index(min(middle))
     yield figure(
@@ -316,7 +309,7 @@ def growth(size: Size) -> Iterator[Figure]:
         "scoring_growth_memory",
         f"peak memory, {corpora[-1].n:,} samples",
         f"peak memory, {corpora[-2].n:,} samples",
-        (seconds[-1], seconds[-2]),
+        (a_sample[-1], a_sample[-2]),
         ratios=[high / low],
         goal=1 + 50 / low,
         model=GROWTH_SHAPE.name,
@@ -326,39 +319,89 @@ def growth(size: Size) -> Iterator[Figure]:
     )
 
 
+def side_by_side(corpora: Sequence[_Corpus]) -> list[list[float]]:
+    """Seconds a sample of each corpus, in each fifth of the largest one's run.
+
+    Whichever is behind goes on by a shard, so that a machine that is slower for a while is so for
+    all of them alike; a small corpus is scored again and again meanwhile. What comes after the
+    last shard counts to all samples of its corpus.
+    """
+    run = GrowthRun()
+    for corpus in corpora[:-1]:
+        list(run.steps(corpus))
+    fifth = corpora[-1].n // RUNS
+    goals = [min(fifth, max(corpus.n, LEAST_IN_A_FIFTH)) for corpus in corpora]
+    works = [run.again_and_again(corpus) for corpus in corpora]
+    done, scored = [0] * len(corpora), [0] * len(corpora)
+    measuring = [[0.0] * RUNS for _ in corpora]
+    scoring = [0.0] * len(corpora)
+
+    def go_on(place: int, part: int) -> None:
+        start = time.perf_counter()
+        rows = next(works[place])
+        seconds = time.perf_counter() - start
+        done[place] += rows
+        if rows:
+            measuring[place][part] += seconds
+        else:
+            scoring[place] += seconds
+            scored[place] += corpora[place].n
+
+    for part in range(RUNS):
+        while min(shares := [n / goal for n, goal in zip(done, goals, strict=True)]) < part + 1:
+            go_on(shares.index(min(shares)), part)
+    for place, corpus in enumerate(corpora):
+        if done[place] == scored[place] + corpus.n:
+            go_on(place, RUNS - 1)
+    return [
+        [seconds / goal + scoring[place] / scored[place] for seconds in measuring[place]]
+        for place, goal in enumerate(goals)
+    ]
+
+
 def _generated(n: int) -> Iterator[Sample]:
     for start in range(0, n, 1000):
         yield from samples(min(1000, n - start), seed=100 + start, in_domain=0.5, shorter=SHORTER)
 
 
 class GrowthRun:
-    """Measures and scores a corpus on disk with a model that costs next to nothing."""
+    """Measures and scores a corpus on disk with a model that costs little."""
 
     def __init__(self) -> None:
         from benchmarks.sizes import SIZES
 
         self.model = captured(random_model(GROWTH_SHAPE, SIZES["cpu"]), SIZES["cpu"])
-        scores = torch.arange(2, dtype=torch.float64).view(1, 2)
-        heads = HeadMap.from_scores(scores, 1, 1.0)
+        shape = (GROWTH_SHAPE.layers, GROWTH_SHAPE.query_heads)
+        # the last heads of the last layer
+        scores = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+        heads = HeadMap.from_scores(scores, GROWTH_SHAPE.kv_groups, 0.1)
         self.step = steps_of(HeadFilter())[0]
         self.state = self.step.scorer.prepare(
             self.model, heads, Target(samples(64, seed=1, shorter=SHORTER), ())
         )
 
-    def __call__(self, corpus: _Corpus) -> None:
+    def steps(self, corpus: _Corpus) -> Iterator[int]:
+        """Measures shard after shard, then scores all; yields a shard's samples each, and 0."""
         parts = []
         for number, shard in enumerate(corpus.shards):
             measured = measure_shard(self.step.scorer, self.model, self.state, read_shard(shard))
             parts.append((shard, corpus.folder / f"measured-{number:06d}.parquet"))
             pq.write_table(measured, parts[-1][1], compression="zstd")
+            yield len(measured)
         score_corpus(self.step, self.state, MeasuredCorpus(parts), corpus.folder / SCORES)
+        yield 0
+
+    def again_and_again(self, corpus: _Corpus) -> Iterator[int]:
+        """Its steps without end."""
+        while True:
+            yield from self.steps(corpus)
 
 
 def _peak_megabytes(corpus: _Corpus) -> float:
     program = (
         "import sys; from pathlib import Path; import torch; "
         "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
-        "scoring.GrowthRun()(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2]))); "
+        "list(scoring.GrowthRun().steps(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2])))); "
         # not ru_maxrss: a child begins with what its parent had
         "from p2d_core.memory import resident_bytes; print(resident_bytes('VmHWM') / 2**20)"
     )

@@ -239,6 +239,12 @@ def _padded(encoded: Sequence[Sized], indices: Sequence[int]) -> int:
     return len(indices) * max(len(encoded[index]) for index in indices)
 
 
+FULL_ENOUGH = 0.25
+"""Share of its budget that a batch has when it may end before it is full."""
+SHORTEST = 0.85
+"""Of a batch's longest sample; a shorter one begins the next batch, if this one is full enough."""
+
+
 def batches_by_tokens(
     encoded: Sequence[Sized],
     token_budget: int | TokenBudget = 8192,
@@ -247,7 +253,8 @@ def batches_by_tokens(
     """Indices of samples of like length; a padded batch has at most ``token_budget`` tokens.
 
     Samples are sorted by length inside windows of ``window`` samples, the longest first: what does
-    not fit into memory shows at once. A sample longer than the budget is a batch of its own.
+    not fit into memory shows at once. A sample longer than the budget is a batch of its own. A
+    batch that is `FULL_ENOUGH` ends before the first sample below `SHORTEST`: half the padding.
     """
     budget = TokenBudget(token_budget) if isinstance(token_budget, int) else token_budget
     for start in range(0, len(encoded), window):
@@ -255,7 +262,9 @@ def batches_by_tokens(
         batch: list[int] = []
         longest = 0
         for index in sorted(indices, key=lambda each: (-len(encoded[each]), each)):
-            if batch and (len(batch) + 1) * longest > budget.tokens:
+            is_full = (len(batch) + 1) * longest > budget.tokens
+            will_do = len(batch) * longest >= FULL_ENOUGH * budget.tokens
+            if batch and (is_full or (will_do and len(encoded[index]) < SHORTEST * longest)):
                 yield batch
                 batch = []
             if not batch:
