@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -324,11 +325,16 @@ def side_by_side(corpora: Sequence[_Corpus]) -> list[list[float]]:
 
     Whichever is behind goes on by a shard, so that a machine that is slower for a while is so for
     all of them alike; a small corpus is scored again and again meanwhile. What comes after the
-    last shard counts to all samples of its corpus.
+    last shard counts to all samples of its corpus. One thread: how long several wait for each
+    other varies by more than what is looked for.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     run = GrowthRun()
     for corpus in corpora[:-1]:
         list(run.steps(corpus))
+    gc.collect()
+    gc.freeze()  # to look through all that is imported takes as long as a thousand samples
     fifth = corpora[-1].n // RUNS
     goals = [min(fifth, max(corpus.n, LEAST_IN_A_FIFTH)) for corpus in corpora]
     works = [run.again_and_again(corpus) for corpus in corpora]
@@ -353,6 +359,8 @@ def side_by_side(corpora: Sequence[_Corpus]) -> list[list[float]]:
     for place, corpus in enumerate(corpora):
         if done[place] == scored[place] + corpus.n:
             go_on(place, RUNS - 1)
+    gc.unfreeze()
+    torch.set_num_threads(threads)
     return [
         [seconds / goal + scoring[place] / scored[place] for seconds in measuring[place]]
         for place, goal in enumerate(goals)
@@ -367,11 +375,12 @@ def _generated(n: int) -> Iterator[Sample]:
 class GrowthRun:
     """Measures and scores a corpus on disk with a model that costs little."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = GROWTH_SHAPE.layers) -> None:
         from benchmarks.sizes import SIZES
 
-        self.model = captured(random_model(GROWTH_SHAPE, SIZES["cpu"]), SIZES["cpu"])
-        shape = (GROWTH_SHAPE.layers, GROWTH_SHAPE.query_heads)
+        network = random_model(replace(GROWTH_SHAPE, layers=layers), SIZES["cpu"])
+        self.model = captured(network, SIZES["cpu"])
+        shape = (layers, GROWTH_SHAPE.query_heads)
         # the last heads of the last layer
         scores = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
         heads = HeadMap.from_scores(scores, GROWTH_SHAPE.kv_groups, 0.1)
@@ -401,7 +410,9 @@ def _peak_megabytes(corpus: _Corpus) -> float:
     program = (
         "import sys; from pathlib import Path; import torch; "
         "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
-        "list(scoring.GrowthRun().steps(scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2])))); "
+        # one layer: what is held does not depend on how many there are
+        "corpus = scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2])); "
+        "list(scoring.GrowthRun(layers=1).steps(corpus)); "
         # not ru_maxrss: a child begins with what its parent had
         "from p2d_core.memory import resident_bytes; print(resident_bytes('VmHWM') / 2**20)"
     )
