@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextvars import ContextVar
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -12,16 +11,14 @@ from pathlib import Path
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.engine import engine_of
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.killed import untagged
-from flows.launch import base_of, launch, on_worker, ranked_bases, run_name, store_folder
+from flows.launch import base_of, launch, ranked_bases, run_name, run_of, store_folder
 from flows.ledger import Ledger
 from flows.planned import kept_plan
 from flows.report import make_summary, rerun_command
 from flows.scoring import score_corpus
-from flows.settings import RunSettings, anchored
+from flows.settings import RunSettings
 from flows.stages import (
     IN_USE,
     Run,
@@ -42,12 +39,8 @@ from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import head_map_in_use
 from tasks.heads import head_map_in
 from tasks.record import record
+from tasks.stage import BaseModel
 from tasks.summary import Summary
-
-_begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
-"""The run that `run_adapt` has noted and checked, so that the flow does not read all data again."""
-_done: ContextVar[list[Summary] | None] = ContextVar("done", default=None)
-"""Where the flow leaves what came of it, for the case that Prefect then cannot be told."""
 
 
 def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None) -> Summary:
@@ -67,21 +60,11 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
         given_head_map(Store(store), head_map, inputs, settings.target.name)
     # seconds that would otherwise come after those in which Prefect's server starts
     threading.Thread(target=import_module, args=("mlflow.tracking",), daemon=True).start()
-    finished: list[Summary] = []
-    done = _done.set(finished)
 
-    def run(run_id: str) -> Summary:
-        begun = _begun.set((run_id, inputs))
-        try:
-            return adapt(settings, store=str(store.resolve()), head_map=head_map)
-        finally:
-            _begun.reset(begun)
+    def run() -> Summary:
+        return adapt(settings, store=str(store.resolve()), head_map=head_map)
 
-    try:
-        with engine_of(settings, inputs.base):
-            return launch(store, run, finished)
-    finally:
-        _done.reset(done)
+    return launch(settings, inputs.base, inputs, store, run)
 
 
 @flow(
@@ -99,14 +82,16 @@ def adapt(settings: RunSettings, store: str | None = None, head_map: str | None 
         head_map: Key of a head map to take instead of a proxy run and ranking; in-use takes the
             one that refresh-head-map keeps (and puts the first one to use).
     """
-    if (begun := _begun.get()) is not None:
-        with untagged(begun[0]):
-            return adapt_to(settings, *begun, store_folder(store), head_map)
     folder = store_folder(store)
-    settings = pinned(anchored(settings, Path.cwd()))
-    inputs = check_inputs(settings, ranked_bases(Store(folder)))
-    with engine_of(settings, inputs.base), on_worker(folder) as run_id:
-        return adapt_to(settings, run_id, inputs, folder, head_map)
+
+    def check(given: RunSettings) -> tuple[Inputs, BaseModel]:
+        inputs = check_inputs(given, ranked_bases(Store(folder)))
+        return inputs, inputs.base
+
+    with run_of(settings, folder, check) as begun:
+        done = adapt_to(begun.settings, begun.run_id, begun.checked, folder, head_map)
+        begun.finished.append(done)
+        return done
 
 
 def adapt_to(
@@ -148,10 +133,7 @@ def adapt_to(
     summary.command = rerun_command(store, run_id, given)
     summary.planned = kept_plan(store, settings, inputs, given.key if given else None)
     summary.seconds = time.perf_counter() - start
-    done = record(summary, settings.model_dump(mode="json"), store=str(store))
-    if (kept := _done.get()) is not None:
-        kept.append(done)
-    return done
+    return record(summary, settings.model_dump(mode="json"), store=str(store))
 
 
 def not_looked_at(inputs: Inputs, heads: ArtifactRef) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -17,15 +16,14 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.engine import all_at_once, engine_of
+from flows.engine import all_at_once
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.killed import untagged
-from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
+from flows.launch import launch, ranked_bases, run_name, run_of, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
 from flows.scoring import score_corpus
-from flows.settings import RunSettings, anchored
+from flows.settings import RunSettings
 from flows.settings_compare import Choice
 from flows.stages import (
     FULL,
@@ -49,15 +47,9 @@ from tasks.comparison import compare_arms
 from tasks.model import fine_tune
 from tasks.progress import progress_of
 from tasks.record import record_comparison
+from tasks.stage import BaseModel
 
 log = logging.getLogger(__name__)
-
-_begun: ContextVar[tuple[str, dict[tuple[Arm, int], Inputs]] | None] = ContextVar(
-    "begun", default=None
-)
-"""The run that `run_compare` has noted, and the inputs that it has checked."""
-_done: ContextVar[list[ArtifactRef] | None] = ContextVar("done", default=None)
-"""Where the flow leaves the comparison, for the case that Prefect then cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +68,11 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
     """
     settings = pinned(settings)
     checked = checked_arms(grid_of(settings), ranked_bases(Store(store)))
-    finished: list[ArtifactRef] = []
-    done = _done.set(finished)
 
-    def run(run_id: str) -> ArtifactRef:
-        begun = _begun.set((run_id, checked))
-        try:
-            return compare(settings, store=str(store.resolve()))
-        finally:
-            _begun.reset(begun)
+    def run() -> ArtifactRef:
+        return compare(settings, store=str(store.resolve()))
 
-    try:
-        with engine_of(settings, next(iter(checked.values())).base):
-            return launch(store, run, finished)
-    finally:
-        _done.reset(done)
+    return launch(settings, next(iter(checked.values())).base, checked, store, run)
 
 
 def grid_of(settings: RunSettings) -> Grid:
@@ -149,14 +131,15 @@ def compare(settings: RunSettings, store: str | None = None) -> ArtifactRef:
         store: Folder of the artifacts on the worker. P2D_STORE, or artifacts, if empty.
     """
     folder = store_folder(store)
-    if (begun := _begun.get()) is not None:
-        with untagged(begun[0]):
-            return run_arms(settings, *begun, folder)
-    settings = pinned(anchored(settings, Path.cwd()))
-    checked = checked_arms(grid_of(settings), ranked_bases(Store(folder)))
-    engine = engine_of(settings, next(iter(checked.values())).base)
-    with engine, on_worker(folder) as run_id:
-        return run_arms(settings, run_id, checked, folder)
+
+    def check(given: RunSettings) -> tuple[dict[tuple[Arm, int], Inputs], BaseModel]:
+        checked = checked_arms(grid_of(given), ranked_bases(Store(folder)))
+        return checked, next(iter(checked.values())).base
+
+    with run_of(settings, folder, check) as begun:
+        done = run_arms(begun.settings, begun.run_id, begun.checked, folder)
+        begun.finished.append(done)
+        return done
 
 
 def run_arms(
@@ -190,8 +173,6 @@ def run_arms(
         name=settings.name,
     )
     record_comparison(done, run_id, settings.tracking.model_dump(mode="json"), store)
-    if (kept := _done.get()) is not None:
-        kept.append(done)
     return done
 
 

@@ -8,52 +8,97 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
+from flows.engine import engine_of
 from flows.environment import wait_for_server
-from flows.killed import clear_killed, end_orphans, noted
+from flows.hub import pinned
+from flows.killed import clear_killed, end_orphans, noted, untagged
 from flows.prefect_progress import told_to_prefect
 from flows.services import service_error
-from flows.settings import named_after
+from flows.settings import RunSettings, anchored, named_after
 from p2d_core.errors import ArtifactError, P2DError
 from p2d_core.store import ArtifactRef, Store
+from tasks.stage import BaseModel
 
 MOST_STARTS = 5
 """Of one run: what kills it every time must not go on for ever."""
 
 T = TypeVar("T")
+C = TypeVar("C")
 log = logging.getLogger(__name__)
 
 
-def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
-    """Calls ``run`` with a new run's id, as a run that the next one knows of if it is killed.
+@dataclass(frozen=True)
+class Begun(Generic[C]):
+    """A run that was noted, with its input checked."""
+
+    settings: RunSettings
+    run_id: str
+    checked: C
+    finished: list[Any]
+    """Where the flow leaves what came of it, for the case that Prefect then cannot be told."""
+
+
+_begun: ContextVar[Begun[Any] | None] = ContextVar("begun", default=None)
+"""The run that `launch` has begun, so that its flow does not read all data again."""
+
+
+def launch(
+    settings: RunSettings, base: BaseModel, checked: Any, store: Path, flow: Callable[[], T]
+) -> T:
+    """Calls ``flow``, as a run that the next one knows of if it is killed.
 
     Args:
-        run: calls the flow, after its input was checked.
-        finished: where the flow leaves what came of it, for the case that Prefect then cannot be
-            told.
+        checked: the input of the run; `run_of` gives it to the flow.
 
     Raises:
         ServiceError: Prefect's server went away before the work was done.
     """
     from prefect import tags
 
-    run_id = new_run_id()
+    begun = Begun(settings, new_run_id(), checked, [])
+    token = _begun.set(begun)
     try:
-        end_orphans(store)
-        wait_for_server()
-        clear_killed(store)
-        with noted(store, run_id), tags(run_id), _without_heartbeats():
-            return run(run_id)
+        with engine_of(settings, base):
+            end_orphans(store)
+            wait_for_server()
+            clear_killed(store)
+            with noted(store, begun.run_id), tags(begun.run_id), _without_heartbeats():
+                return flow()
     except Exception as error:
         away = service_error(error)
         if away is None:
             raise
-        if not finished:
+        if not begun.finished:
             raise away from error
         log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
-        return finished[0]
+        done: T = begun.finished[0]
+        return done
+    finally:
+        _begun.reset(token)
+
+
+@contextmanager
+def run_of(
+    settings: RunSettings, store: Path, check: Callable[[RunSettings], tuple[C, BaseModel]]
+) -> Iterator[Begun[C]]:
+    """Around the work of a flow, which `launch` has begun or a worker has started.
+
+    Args:
+        check: the input of the run, and its base model; asked where a worker has started it.
+    """
+    if (begun := _begun.get()) is not None:
+        with untagged(begun.run_id):
+            yield begun
+        return
+    settings = pinned(anchored(settings, Path.cwd()))
+    checked, base = check(settings)
+    with engine_of(settings, base), on_worker(store) as run_id:
+        yield Begun(settings, run_id, checked, [])
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +12,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows.engine import engine_of
 from flows.hub import base_name, pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.killed import untagged
-from flows.launch import launch, on_worker, ranked_bases, run_name, store_folder
+from flows.launch import launch, ranked_bases, run_name, run_of, store_folder
 from flows.ledger import Ledger
-from flows.settings import RunSettings, anchored
+from flows.settings import RunSettings
 from flows.stages import Run, find_heads, rank_on, read_target, use_from_now_on
 from p2d_core.heads.drift import Drift, drift
 from p2d_core.store import ArtifactRef, Store
@@ -27,14 +24,12 @@ from p2d_core.store.in_use import head_map_in_use, put_in_use
 from tasks.heads import average_heads, head_map_in
 from tasks.record import record_drift
 from tasks.samples import redraw_target
+from tasks.stage import BaseModel
 
 log = logging.getLogger(__name__)
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 Draws = Annotated[int, Field(ge=2, le=10)]
-
-_begun: ContextVar[tuple[str, Inputs] | None] = ContextVar("begun", default=None)
-"""The run that `run_refresh` has noted, and the inputs that it has checked."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +81,10 @@ def run_refresh(
     settings = pinned(settings)
     inputs = checked(settings, store)
 
-    def run(run_id: str) -> Refresh:
-        begun = _begun.set((run_id, inputs))
-        try:
-            return refresh_head_map(settings, margin, draws, store=str(store.resolve()))
-        finally:
-            _begun.reset(begun)
+    def run() -> Refresh:
+        return refresh_head_map(settings, margin, draws, store=str(store.resolve()))
 
-    with engine_of(settings, inputs.base):
-        return launch(store, run, [])
+    return launch(settings, inputs.base, inputs, store, run)
 
 
 @flow(name="refresh-head-map", flow_run_name=refresh_name, persist_result=False)
@@ -113,14 +103,15 @@ def refresh_head_map(
         store: Folder of the artifacts on the worker. P2D_STORE, or artifacts, if empty.
     """
     folder = store_folder(store)
-    if (begun := _begun.get()) is not None:
-        with untagged(begun[0]):
-            done = look(settings, *begun, folder, margin, draws)
-            return told(settings, begun[1], folder, done)
-    settings = pinned(anchored(settings, Path.cwd()))
-    inputs = checked(settings, folder)
-    with engine_of(settings, inputs.base), on_worker(folder) as run_id:
-        return told(settings, inputs, folder, look(settings, run_id, inputs, folder, margin, draws))
+
+    def check(given: RunSettings) -> tuple[Inputs, BaseModel]:
+        inputs = checked(given, folder)
+        return inputs, inputs.base
+
+    with run_of(settings, folder, check) as begun:
+        done = look(begun.settings, begun.run_id, begun.checked, folder, margin, draws)
+        begun.finished.append(done)
+        return told(begun.settings, begun.checked, folder, done)
 
 
 def checked(settings: RunSettings, store: Path) -> Inputs:

@@ -10,10 +10,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.engine import engine_of
 from flows.hub import pinned
-from flows.inputs import check_inputs, make_runtime
-from flows.launch import launch
+from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.launch import launch, ranked_bases, run_of
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.stages import Run, draws_of, rank_on, read_target
@@ -21,9 +20,10 @@ from p2d_core.errors import InputError
 from p2d_core.heads.draws import Agreement, agreement
 from p2d_core.heads.head_map import HeadPick
 from p2d_core.heads.ranking import rankers
+from p2d_core.store import Store
 from tasks.heads import head_map_in
 from tasks.samples import target_part
-from tasks.stage import Plugin
+from tasks.stage import BaseModel, Plugin
 
 SHARES = (0.05, 0.1, 0.2, 0.5)
 """Of the heads, that are compared beside the settings' own choice."""
@@ -67,15 +67,13 @@ def run_stability(
     plugins = [_plugin(settings, name) for name in dict.fromkeys(names or [settings.heads.ranker])]
     several = settings.heads.model_copy(update={"average_over": draws})
     settings = pinned(settings.model_copy(update={"heads": several}))
-    base = check_inputs(settings).base
+    inputs = check_inputs(settings, ranked_bases(Store(store)))
     named = stability.with_options(flow_run_name=f"{settings.name} stability")
-    finished: list[Stability] = []
 
-    def run(run_id: str) -> Stability:
-        return named(settings, str(store.resolve()), plugins, run_id)
+    def run() -> Stability:
+        return named(settings, str(store.resolve()), plugins)
 
-    with engine_of(settings, base):
-        return launch(store, run, finished)
+    return launch(settings, inputs.base, inputs, store, run)
 
 
 def _plugin(settings: RunSettings, name: str) -> Plugin:
@@ -84,10 +82,23 @@ def _plugin(settings: RunSettings, name: str) -> Plugin:
 
 
 @flow(name="heads-stability", persist_result=False, validate_parameters=False)
-def stability(settings: RunSettings, store: str, plugins: list[Plugin], run_id: str) -> Stability:
+def stability(settings: RunSettings, store: str, plugins: list[Plugin]) -> Stability:
     """Ranks the heads on draws of the proxy set, ``heads.average_over`` of them, and compares."""
-    inputs = check_inputs(settings)
-    run = Run(settings, inputs, make_runtime(settings, Path(store), run_id), Ledger(run_id))
+
+    def check(given: RunSettings) -> tuple[Inputs, BaseModel]:
+        inputs = check_inputs(given, ranked_bases(Store(Path(store))))
+        return inputs, inputs.base
+
+    with run_of(settings, Path(store), check) as begun:
+        run_id, runtime = begun.run_id, make_runtime(settings, Path(store), begun.run_id)
+        done = on_draws(Run(begun.settings, begun.checked, runtime, Ledger(run_id)), plugins)
+        begun.finished.append(done)
+        return done
+
+
+def on_draws(run: Run, plugins: Sequence[Plugin]) -> Stability:
+    """The work, within a flow."""
+    settings = run.settings
     with run.ledger.stage("samples") as made:
         target, _ = read_target(run, [])
         made.append(target)

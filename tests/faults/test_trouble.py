@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flows.killed import _notes
 from p2d_core.adaptation.adaptations import Attention
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.adaptation.training import train
@@ -402,6 +403,8 @@ def test_a_prefect_server_that_does_not_start_is_named_and_the_next_run_complete
 
 
 def test_a_server_of_a_team_that_is_away_is_named_with_its_address(job, tmp_path):
-    where = "http://127.0.0.1:9/api"
-    ended = job.run(tmp_path / "s", PREFECT_API_URL=where, PREFECT_CLIENT_MAX_RETRIES="0")
+    """And so it is where a killed run left its note, which the server is told of first."""
+    where, store = "http://127.0.0.1:9/api", tmp_path / "s"
+    (_notes(store) / "20260101-000000-abcdef").touch()
+    ended = job.run(store, PREFECT_API_URL=where, PREFECT_CLIENT_MAX_RETRIES="0")
     assert f"Prefect's server {where} does not answer" in ended.check_told()
