@@ -36,7 +36,7 @@ class Figure:
     model: str
     runs: int
     floor: float | None
-    """The least that the ratio can be by counted operations or bytes."""
+    """The ratio of the operations or bytes that were counted on both sides."""
     floor_of: str
     note: str = ""
 

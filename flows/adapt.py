@@ -13,7 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.launch import base_of, launch, ranked_bases, run_name, run_of, store_folder
+from flows.launch import base_of, ranked_bases, run_name, run_of, started, store_folder
 from flows.ledger import Ledger
 from flows.planned import kept_plan
 from flows.report import make_summary, rerun_command
@@ -64,7 +64,7 @@ def run_adapt(settings: RunSettings, *, store: Path, head_map: str | None = None
     def run() -> Summary:
         return adapt(settings, store=str(store.resolve()), head_map=head_map)
 
-    return launch(settings, inputs.base, inputs, store, run)
+    return started(settings, inputs.base, inputs, store, run)
 
 
 @flow(

@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.engine import all_at_once
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.launch import launch, ranked_bases, run_name, run_of, store_folder
+from flows.launch import ranked_bases, run_name, run_of, started, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
 from flows.scoring import score_corpus
@@ -72,7 +72,7 @@ def run_compare(settings: RunSettings, *, store: Path) -> ArtifactRef:
     def run() -> ArtifactRef:
         return compare(settings, store=str(store.resolve()))
 
-    return launch(settings, next(iter(checked.values())).base, checked, store, run)
+    return started(settings, next(iter(checked.values())).base, checked, store, run)
 
 
 def grid_of(settings: RunSettings) -> Grid:

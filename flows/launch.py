@@ -44,49 +44,66 @@ class Begun(Generic[C]):
 
 
 _begun: ContextVar[Begun[Any] | None] = ContextVar("begun", default=None)
-"""The run that `launch` has begun, so that its flow does not read all data again."""
+"""The run that `started` has begun, so that its flow does not read all data again."""
 
 
-def launch(
-    settings: RunSettings, base: BaseModel, checked: Any, store: Path, flow: Callable[[], T]
+def started(
+    settings: RunSettings, base: BaseModel, checked: C, store: Path, flow: Callable[[], T]
 ) -> T:
-    """Calls ``flow``, as a run that the next one knows of if it is killed.
+    """Calls a flow whose input was checked, which `run_of` gives it then.
+
+    Raises:
+        SettingsError: the engine that the settings name is not there.
+        ServiceError: Prefect's server went away before the work was done.
+    """
+    finished: list[T] = []
+
+    def run(run_id: str) -> T:
+        token = _begun.set(Begun(settings, run_id, checked, finished))
+        try:
+            return flow()
+        finally:
+            _begun.reset(token)
+
+    with engine_of(settings, base):
+        return launch(store, run, finished)
+
+
+def launch(store: Path, run: Callable[[str], T], finished: list[T]) -> T:
+    """Calls ``run`` with a new run's id, as a run that the next one knows of if it is killed.
 
     Args:
-        checked: the input of the run; `run_of` gives it to the flow.
+        run: calls the flow, after its input was checked.
+        finished: where the flow leaves what came of it, for the case that Prefect then cannot be
+            told.
 
     Raises:
         ServiceError: Prefect's server went away before the work was done.
     """
     from prefect import tags
 
-    begun = Begun(settings, new_run_id(), checked, [])
-    token = _begun.set(begun)
+    run_id = new_run_id()
     try:
-        with engine_of(settings, base):
-            end_orphans(store)
-            wait_for_server()
-            clear_killed(store)
-            with noted(store, begun.run_id), tags(begun.run_id), _without_heartbeats():
-                return flow()
+        end_orphans(store)
+        wait_for_server()
+        clear_killed(store)
+        with noted(store, run_id), tags(run_id), _without_heartbeats():
+            return run(run_id)
     except Exception as error:
         away = service_error(error)
         if away is None:
             raise
-        if not begun.finished:
+        if not finished:
             raise away from error
         log.warning("the run is done and recorded, but not in Prefect's pages: %s", away)
-        done: T = begun.finished[0]
-        return done
-    finally:
-        _begun.reset(token)
+        return finished[0]
 
 
 @contextmanager
 def run_of(
     settings: RunSettings, store: Path, check: Callable[[RunSettings], tuple[C, BaseModel]]
 ) -> Iterator[Begun[C]]:
-    """Around the work of a flow, which `launch` has begun or a worker has started.
+    """Around the work of a flow, which `started` has begun or a worker has started.
 
     Args:
         check: the input of the run, and its base model; asked where a worker has started it.

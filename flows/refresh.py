@@ -14,7 +14,7 @@ from pydantic import Field
 
 from flows.hub import base_name, pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.launch import launch, ranked_bases, run_name, run_of, store_folder
+from flows.launch import ranked_bases, run_name, run_of, started, store_folder
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.stages import Run, find_heads, rank_on, read_target, use_from_now_on
@@ -84,7 +84,7 @@ def run_refresh(
     def run() -> Refresh:
         return refresh_head_map(settings, margin, draws, store=str(store.resolve()))
 
-    return launch(settings, inputs.base, inputs, store, run)
+    return started(settings, inputs.base, inputs, store, run)
 
 
 @flow(name="refresh-head-map", flow_run_name=refresh_name, persist_result=False)

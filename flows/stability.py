@@ -12,7 +12,7 @@ from prefect import flow
 
 from flows.hub import pinned
 from flows.inputs import Inputs, check_inputs, make_runtime
-from flows.launch import launch, ranked_bases, run_of
+from flows.launch import ranked_bases, run_of, started
 from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.stages import Run, draws_of, rank_on, read_target
@@ -73,7 +73,7 @@ def run_stability(
     def run() -> Stability:
         return named(settings, str(store.resolve()), plugins)
 
-    return launch(settings, inputs.base, inputs, store, run)
+    return started(settings, inputs.base, inputs, store, run)
 
 
 def _plugin(settings: RunSettings, name: str) -> Plugin:

@@ -16,6 +16,8 @@ from tasks.report.further import further
 from tasks.summary import RejectedSummary, SelectionSummary, Summary
 from tasks.verdict import ARM_NAMES, TERM_NAMES, percent, times, trained_on, verdict
 
+SHORT = 30
+"""Characters of a command that others' explanations are aligned with."""
 MOST_LABELS = 12
 """Lines of labels; the rest stand in one."""
 
@@ -220,11 +222,12 @@ def _next(summary: Summary, console: Console) -> None:
     title(console, "Next")
     if not is_local:
         say(console, f"{what} at {server}")
-    column = max(len(command) for command in commands if "sql" not in command) + 2
+    column = max((len(each) for each in commands if len(each) <= SHORT), default=0) + 2
     for command, what in commands.items():
         line = Text("  ").append(command, "bold cyan")
-        if column + len(what) + 2 <= console.width and len(command) < column:
-            line.append(" " * (column - len(command)) + what, "dim")
+        place = max(column, len(command) + 2)
+        if place + len(what) + 2 <= console.width:
+            line.append(" " * (place - len(command)) + what, "dim")
         # not wrapped: a command is there to be copied
         console.print(line, soft_wrap=True)
     console.print()

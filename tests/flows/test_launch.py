@@ -4,7 +4,6 @@ import pytest
 from prefect.settings import get_current_settings
 
 from flows.launch import launch
-from flows.settings import parse_settings
 
 
 @pytest.mark.parametrize(("server", "beats"), [(None, False), ("http://127.0.0.1:4200/api", True)])
@@ -13,11 +12,6 @@ def test_a_run_has_heartbeats_only_where_a_server_stays_to_listen(
 ):
     if server:
         monkeypatch.setenv("PREFECT_API_URL", server)
-    settings = parse_settings({"base": "b", "target": {"path": "t"}}, tmp_path / "r.yaml")
-
-    def flow() -> int | None:
-        return get_current_settings().flows.heartbeat_frequency
-
-    seconds = launch(settings, None, None, tmp_path, flow)
+    seconds = launch(tmp_path, lambda run_id: get_current_settings().flows.heartbeat_frequency, [])
     assert (seconds is not None) == beats
     assert get_current_settings().flows.heartbeat_frequency is not None
