@@ -140,7 +140,7 @@ def test_what_training_asks_for_holds_its_checkpoints_at_their_most(tmp_path: Pa
         TrainingSpec(epochs=6, learning_rate=1e-4, batch_size=8),
         pad_id=0,
         scratch=tmp_path,
-        checkpoint_seconds=1e-9,
+        checkpoint_seconds=0,
         progress=lambda done, total: sizes.append(bytes_of(tmp_path)),
     )
     assert max(sizes) > of_attention(base) / 2
