@@ -48,8 +48,8 @@ GROWTH_SHAPE = Shape("demo-base", 128, 4, 8, 4, 16, 256, 8_004)
 PROXY_STEPS, PROXY_ROWS = 3, 8
 SHORTER = 12.0
 """Growth is of reading, tokenising, comparing and writing: its samples have 15 tokens."""
-BESIDE_A_FIFTH = 2_000
-"""Samples of each smaller corpus, scored again and again, beside a fifth of the largest one's."""
+LEAST_IN_A_FIFTH = 4_000
+"""Samples of a small corpus, scored again and again, beside a fifth of the largest one's."""
 
 
 def measure(size: Size) -> Iterator[Figure]:
@@ -336,10 +336,11 @@ def side_by_side(corpora: Sequence[_Corpus]) -> list[list[float]]:
     gc.collect()
     gc.freeze()  # to look through all that is imported takes as long as a thousand samples
     fifth = corpora[-1].n // RUNS
-    goals = [*(min(fifth, BESIDE_A_FIFTH) for _ in corpora[:-1]), fifth]
+    goals = [min(fifth, max(corpus.n, LEAST_IN_A_FIFTH)) for corpus in corpora]
     works = [run.again_and_again(corpus) for corpus in corpora]
     done, scored = [0] * len(corpora), [0] * len(corpora)
     measuring = [[0.0] * RUNS for _ in corpora]
+    measured = [[0] * RUNS for _ in corpora]
     scoring = [0.0] * len(corpora)
 
     def go_on(place: int, part: int) -> None:
@@ -349,6 +350,7 @@ def side_by_side(corpora: Sequence[_Corpus]) -> list[list[float]]:
         done[place] += rows
         if rows:
             measuring[place][part] += seconds
+            measured[place][part] += rows
         else:
             scoring[place] += seconds
             scored[place] += corpora[place].n
@@ -362,8 +364,11 @@ def side_by_side(corpora: Sequence[_Corpus]) -> list[list[float]]:
     gc.unfreeze()
     torch.set_num_threads(threads)
     return [
-        [seconds / goal + scoring[place] / scored[place] for seconds in measuring[place]]
-        for place, goal in enumerate(goals)
+        [
+            seconds / rows + scoring[place] / scored[place]
+            for seconds, rows in zip(measuring[place], measured[place], strict=True)
+        ]
+        for place in range(len(corpora))
     ]
 
 
