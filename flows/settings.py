@@ -11,7 +11,15 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from flows.plain_yaml import NotPlain, plain_yaml, shortened
 from flows.presets import Preset, with_preset
-from flows.settings_base import Count, CountOrZero, Positive, Section, Share, ShareOrZero
+from flows.settings_base import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Share,
+    ShareOrZero,
+)
 from flows.settings_compare import CompareSettings
 from flows.settings_errors import explain
 from flows.settings_ray import RaySettings
@@ -211,8 +219,8 @@ class TrainingSettings(Section):
     """Steps of samples of like length: less padding, so faster; also in full fine-tuning."""
     warmup: ShareOrZero = 0.05
     """Share of the steps in which the learning rate rises; it falls as a cosine after that."""
-    checkpoint_seconds: Positive = 60
-    """Seconds between checkpoints, more where saving is slow; cannot change a result."""
+    checkpoint_seconds: PositiveOrZero = 60
+    """Seconds between checkpoints, more where saving is slow; 0: one a step. Changes no result."""
     gradient_checkpointing: bool = False
     """Run layers twice in place of keeping what they compute: less memory, the same result."""
     parallel: Literal["ddp", "fsdp"] | None = None

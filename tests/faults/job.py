@@ -13,7 +13,7 @@ TINY = changed(
         "name": "tiny",
         "proxy": {"epochs": 2},
         "heads": {"proxy_epochs": 2},
-        "training": {"checkpoint_seconds": 0.0001},
+        "training": {"checkpoint_seconds": 0},
         "threads": 1,
     },
 )
