@@ -110,8 +110,9 @@ def refresh_head_map(
 
     with run_of(settings, folder, check) as begun:
         done = look(begun.settings, begun.run_id, begun.checked, folder, margin, draws)
+        told(begun.settings, begun.checked, folder, done)
         begun.finished.append(done)
-        return told(begun.settings, begun.checked, folder, done)
+        return done
 
 
 def checked(settings: RunSettings, store: Path) -> Inputs:
@@ -149,7 +150,7 @@ def look(
     return Refresh(settings.name, name, used.key, used.key, number, found)
 
 
-def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> Refresh:
+def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> None:
     """What came of a look, in MLflow as a point of a series and in Prefect as an artifact."""
     figures = {"drift/replaced": float(done.before not in (None, done.in_use))}
     if (found := done.drift) is not None:
@@ -176,7 +177,6 @@ def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> R
     except Exception as error:
         # the work is done: a page about it must not make it fail
         log.warning("Prefect did not take what came of it: %s", error)
-    return done
 
 
 def fresh_maps(run: Run, target: ArtifactRef, number: int, draws: int) -> list[ArtifactRef]:

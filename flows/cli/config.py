@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from flows.cli.commented import entry, yaml_value
 from flows.cli.plugins import Kind, described
-from flows.cli.text import WIDEST, yaml_value
 from flows.presets import PRESETS, Preset
 from p2d_core.errors import InputError
 
@@ -43,7 +43,6 @@ EXAMPLES = {
         "#   arms: [base, p2d]",
     ],
 }
-BESIDE = 34
 PLAIN = ("> 0", ">= 0", ">= 1")
 """Bounds that go without saying."""
 
@@ -123,21 +122,8 @@ def _lines(
 
 def _entry(name: str, field: FieldInfo, meant: Mapping[str, Any], indent: str) -> list[str]:
     value = yaml_value(meant[name]) if name in meant else _default(name, field)
-    entry = f"{indent}{name}: {value}".rstrip()
     meaning = " ".join(part for part in (field.description or "", _bounds(field)) if part)
-    if not meaning:
-        return [entry]
-    beside = f"{entry:<{BESIDE}}  # {meaning}"
-    if len(beside) <= WIDEST:
-        return [beside]
-    return [*_wrapped(meaning, indent), entry]
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    import textwrap
-
-    start = f"{indent}# "
-    return textwrap.wrap(text, WIDEST, initial_indent=start, subsequent_indent=start)
+    return entry(name, value, meaning, indent)
 
 
 def _default(name: str, field: FieldInfo) -> str:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from flows.cli.text import WIDEST, yaml_value
+from flows.cli.commented import comment, entry, yaml_value
 
 Kind = Literal["scorers", "rankers", "adaptations", "metrics"]
 REGISTRIES = {
@@ -23,7 +23,6 @@ REGISTRIES = {
     "metrics": ("p2d_core.evaluation", "evaluation: {metric: NAME}"),
 }
 """Kind -> the module of its registry, and where the settings name one."""
-BESIDE = 34
 
 
 def described(kind: Kind) -> Iterator[str]:
@@ -35,26 +34,20 @@ def described(kind: Kind) -> Iterator[str]:
         plugin = registry.get(name)
         yield ""
         yield f"{name}:"
-        yield from _wrapped(_meaning(plugin), "  # ")
+        yield from comment(_meaning(plugin), "  ")
         options = [each for each in fields(plugin) if each.init] if is_dataclass(plugin) else []
         if options:
             yield "  options:"
         meanings = _meanings(plugin) if options else {}
         for option in options:
-            yield from _entry(option, meanings.get(option.name, ""))
+            meaning = meanings.get(option.name, "")
+            yield from entry(option.name, yaml_value(_default(option)), meaning, "    ")
 
 
-def _entry(option: Field[Any], meaning: str) -> Iterator[str]:
-    default = option.default
-    if default is MISSING and option.default_factory is not MISSING:
-        default = option.default_factory()
-    entry = f"    {option.name}: {yaml_value(None if default is MISSING else default)}".rstrip()
-    beside = f"{entry:<{BESIDE}}  # {meaning}"
-    if not meaning or len(beside) > WIDEST:
-        yield from _wrapped(meaning, "    # ")
-        yield entry
-    else:
-        yield beside
+def _default(option: Field[Any]) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return None if option.default is MISSING else option.default
 
 
 def _meaning(plugin: Any) -> str:
@@ -77,7 +70,3 @@ def _meanings(plugin: Any) -> dict[str, str]:
             if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 found[field.target.id] = " ".join(str(below.value.value).split())
     return found
-
-
-def _wrapped(text: str, start: str) -> list[str]:
-    return textwrap.wrap(text, WIDEST, initial_indent=start, subsequent_indent=start)

@@ -1,8 +1,8 @@
-"""How commands lay text out: values, titles, indented lines and tables, 100 columns at most."""
+"""How commands lay text out: titles, indented lines and tables of at most 100 columns."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,18 +65,3 @@ def indented(console: Console, what: Table | Text) -> None:
 def say(console: Console, words: str, style: str = "") -> None:
     """An indented line, or several where it is long."""
     indented(console, plain(words, style))
-
-
-def yaml_value(value: Any) -> str:
-    """As it stands behind a key; nothing for None."""
-    import json
-
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        # as YAML reads it: quoted where it would be taken for something else
-        return value if value.replace("-", "").replace("_", "").isalnum() else json.dumps(value)
-    if isinstance(value, float) and value < 0.001:
-        # YAML 1.1 reads 1e-4 as text
-        return f"{value:.10f}".rstrip("0") if value else "0.0"
-    return json.dumps(value) if isinstance(value, bool | tuple | list | dict) else str(value)
