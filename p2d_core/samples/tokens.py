@@ -1,6 +1,7 @@
 """Samples as token ids, and token ids as padded batches of about equal cost."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
@@ -239,10 +240,8 @@ def _padded(encoded: Sequence[Sized], indices: Sequence[int]) -> int:
     return len(indices) * max(len(encoded[index]) for index in indices)
 
 
-FULL_ENOUGH = 0.25
-"""Share of its budget that a batch has when it may end before it is full."""
-SHORTEST = 0.85
-"""Of a batch's longest sample; a shorter one begins the next batch, if this one is full enough."""
+A_BATCH_COSTS = 1 / 32
+"""What a batch costs beside its tokens, as a share of the budget: small ones fill no device."""
 
 
 def batches_by_tokens(
@@ -253,25 +252,45 @@ def batches_by_tokens(
     """Indices of samples of like length; a padded batch has at most ``token_budget`` tokens.
 
     Samples are sorted by length inside windows of ``window`` samples, the longest first: what does
-    not fit into memory shows at once. A sample longer than the budget is a batch of its own. A
-    batch that is `FULL_ENOUGH` ends before the first sample below `SHORTEST`: half the padding.
+    not fit into memory shows at once. A sample longer than the budget is a batch of its own. Where
+    batches end is the cheapest there is, of padded tokens and `A_BATCH_COSTS`.
     """
     budget = TokenBudget(token_budget) if isinstance(token_budget, int) else token_budget
     for start in range(0, len(encoded), window):
         indices = range(start, min(start + window, len(encoded)))
-        batch: list[int] = []
-        longest = 0
-        for index in sorted(indices, key=lambda each: (-len(encoded[each]), each)):
-            is_full = (len(batch) + 1) * longest > budget.tokens
-            will_do = len(batch) * longest >= FULL_ENOUGH * budget.tokens
-            if batch and (is_full or (will_do and len(encoded[index]) < SHORTEST * longest)):
-                yield batch
-                batch = []
-            if not batch:
-                longest = len(encoded[index])
-            batch.append(index)
-        if batch:
-            yield batch
+        left = sorted(indices, key=lambda each: (-len(encoded[each]), each))
+        while left:
+            planned = budget.tokens
+            for size in _batch_sizes([len(encoded[index]) for index in left], planned):
+                yield left[:size]
+                left = left[size:]
+                if budget.tokens != planned:
+                    break
+
+
+def _batch_sizes(lengths: Sequence[int], token_budget: int) -> list[int]:
+    """How many samples each batch has, of samples sorted by length, the longest first.
+
+    Samples of neighbouring lengths are padded to the longest of them, in as many batches as the
+    budget asks for; dynamic programming over the lengths finds the cheapest way to group them.
+    """
+    widths, counts = np.unique(lengths, return_counts=True)
+    shorter = np.concatenate([[0], np.cumsum(counts)])  # how many are shorter than each width
+    cheapest, begins = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=np.int64)
+    for end, width in enumerate(widths, start=1):
+        n = shorter[end] - shorter[:end]
+        n_batches = np.ceil(n / max(1, token_budget // width))
+        cost = cheapest[:end] + n * width + n_batches * A_BATCH_COSTS * token_budget
+        begins[end] = cost.argmin()
+        cheapest[end] = cost[begins[end]]
+    sizes: list[int] = []
+    end = len(widths)
+    while end:
+        n = shorter[end] - shorter[begins[end]]
+        n_batches = math.ceil(n / max(1, token_budget // widths[end - 1]))
+        sizes += [len(part) for part in np.array_split(np.arange(n), n_batches)]
+        end = begins[end]
+    return sizes
 
 
 def needed_mask(attention_mask: Tensor) -> Tensor | None:
