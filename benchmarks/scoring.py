@@ -34,6 +34,7 @@ from p2d_core.heads.head_map import HeadMap
 from p2d_core.heads.ranking import RankingEvidence
 from p2d_core.heads.spad import Spad
 from p2d_core.models import CapturedModel
+from p2d_core.parquet import parquet_options
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.shards import read_shard, write_shards
 from p2d_core.samples.tokens import batches_by_tokens, collate
@@ -400,7 +401,7 @@ class GrowthRun:
         for number, shard in enumerate(corpus.shards):
             measured = measure_shard(self.step.scorer, self.model, self.state, read_shard(shard))
             parts.append((shard, corpus.folder / f"measured-{number:06d}.parquet"))
-            pq.write_table(measured, parts[-1][1], compression="zstd")
+            pq.write_table(measured, parts[-1][1], **parquet_options(measured.schema))
             yield len(measured)
         score_corpus(self.step, self.state, MeasuredCorpus(parts), corpus.folder / SCORES)
         yield 0

@@ -18,6 +18,7 @@ from p2d_core.affinity.scoring import SCORES, passing_ids
 from p2d_core.affinity.tried import SHARES, is_tried
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel, parameter_counts
+from p2d_core.parquet import parquet_options
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
@@ -136,7 +137,7 @@ def measure(
     making.tokens = sum(measured["n_tokens"].to_pylist())
     if smaller is not None:
         measured = in_order_of(samples, [measured, smaller])
-    pq.write_table(measured, making.folder / MEASURED, compression="zstd")
+    pq.write_table(measured, making.folder / MEASURED, **parquet_options(measured.schema))
 
 
 shared("measurements", measure.fn)

@@ -16,6 +16,7 @@ import torch
 from p2d_core.affinity.measuring import MeasuredCorpus
 from p2d_core.affinity.protocol import Fitted, Gauged, InParts, ScorerState, Step
 from p2d_core.errors import NumericalError
+from p2d_core.parquet import parquet_options
 
 SCORES = "scores.parquet"
 STATE = "state.safetensors"
@@ -130,7 +131,9 @@ def score_corpus(
             outcome.rows += len(scored)
             outcome.tried += len(table)
             outcome.passed += len(passed)
-            writer = writer or pq.ParquetWriter(file, scored.schema, compression="zstd")
+            writer = writer or pq.ParquetWriter(
+                file, scored.schema, **parquet_options(scored.schema)
+            )
             writer.write_table(scored, row_group_size=max(1, len(scored)))
             if progress is not None:
                 progress(index + 1, len(measured.parts))

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from p2d_core.errors import ArtifactError
+from p2d_core.parquet import parquet_options
 from p2d_core.samples.schema import SAMPLE_SCHEMA, Sample, from_table, to_table
 
 TARGET_ROWS = 1024
@@ -63,7 +64,7 @@ def write_shards(
     shards = []
     for number, shard in enumerate(cut_into_shards(samples, target_rows)):
         info = ShardInfo(f"shard-{number:06d}.parquet", len(shard), shard_hash(shard))
-        pq.write_table(to_table(shard), folder / info.file, compression="zstd")
+        pq.write_table(to_table(shard), folder / info.file, **parquet_options(SAMPLE_SCHEMA))
         shards.append(info)
     return shards
 
