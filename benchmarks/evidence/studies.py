@@ -15,8 +15,8 @@ from flows.settings import RunSettings, parse_settings
 from p2d_core.synthetic import IN_CONTEXT_BASE_FOLDER
 from p2d_core.synthetic.hard_worlds import WORLDS, Kind, write_hard_world
 
-GSM8K = Path(__file__).parents[2] / "examples" / "gsm8k.yaml"
-LARGER_BASE = Path(__file__).parents[2] / "examples" / "larger-base"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+GSM8K = EXAMPLES / "gsm8k.yaml"
 N_PROXY_STEPS = 15 * 100
 """Samples that a proxy run sees in all, with few proxy samples too: passes x samples."""
 MOST_EPOCHS = 100
@@ -97,19 +97,56 @@ class NotThere(Exception):
     """What a study reads is not on this machine; says what, and what to do."""
 
 
-def with_larger_base(prepare: Prepare) -> Prepare:
-    """The same with the base of `examples/larger_base.py`, which knows text and the world."""
+@dataclass(frozen=True)
+class Base:
+    """A base that `examples/<name>.py` makes in `examples/<folder>`, and what it is trained with.
+
+    Learning rates were set beforehand, lower than those of small bases; not searched for.
+    """
+
+    script: str
+    folder: str
+    rates: Mapping[str, Mapping[str, float]]
+    """Section -> settings."""
+
+
+LARGER_BASE = Base(
+    "larger_base",
+    "larger-base",
+    {
+        "proxy": {"learning_rate": 3e-4},
+        "heads": {"proxy_learning_rate": 2e-3},
+        "training": {"learning_rate": 2e-3},
+        "arms": {"full_learning_rate": 5e-4},
+    },
+)
+"""42 M parameters that know text and the world."""
+SMOLLM2 = Base(
+    "smollm2",
+    "smollm2",
+    {
+        "proxy": {"learning_rate": 1e-4},
+        "heads": {"proxy_learning_rate": 1e-3},
+        "training": {"learning_rate": 1e-3},
+        "arms": {"full_learning_rate": 1e-4},
+    },
+)
+"""135 M parameters, trained on 2e12 tokens."""
+
+
+def based_on(base: Base, prepare: Prepare) -> Prepare:
+    """The same with another base, in bfloat16."""
 
     def prepared(folder: Path, seed: int) -> RunSettings:
-        if not LARGER_BASE.exists():
-            raise NotThere("there is no examples/larger-base; examples/larger_base.py trains it")
+        there = EXAMPLES / base.folder
+        if not there.exists():
+            raise NotThere(
+                f"there is no examples/{base.folder}; examples/{base.script}.py makes it"
+            )
         values = prepare(folder, seed).model_dump(mode="json")
-        values |= {"base": str(LARGER_BASE), "precision": "bfloat16"}
-        # set beforehand, lower than those of small bases; not searched for
-        values["proxy"] |= {"learning_rate": 3e-4}
-        values["heads"] |= {"proxy_learning_rate": 2e-3}
-        values["training"] |= {"learning_rate": 2e-3}
-        values["arms"] |= {"full_learning_rate": 5e-4}
+        values |= {"base": str(there), "precision": "bfloat16"}
+        for section, rates in base.rates.items():
+            values[section] |= rates
         return RunSettings.model_validate(values)
 
     return prepared
@@ -133,6 +170,20 @@ def gsm8k(*, n_target: int, n_code: int, base: str | None = None) -> Prepare:
         return parse_settings(values | {"seed": seed, "threads": 1}, GSM8K)
 
     return prepare
+
+
+def within_hours(prepare: Prepare) -> Prepare:
+    """The same at a size that a base of 135 M parameters takes an hour a seed for, on one core."""
+
+    def prepared(folder: Path, seed: int) -> RunSettings:
+        values = prepare(folder, seed).model_dump(mode="json")
+        values["proxy"] |= {"samples": 60, "held_out": 30, "epochs": 2, "batch_size": 4}
+        values["heads"] |= {"proxy_epochs": 2}
+        values["training"] |= {"epochs": 2, "batch_size": 4}
+        values["evaluation"]["source"]["limit"] = 100
+        return RunSettings.model_validate(values)
+
+    return prepared
 
 
 RANKERS = ("frobenius", "spad", *RANDOM_HEADS)
@@ -342,21 +393,32 @@ STUDIES: dict[str, Study] = {
         ON_TEXT,
         trained=True,
     ),
+    "smollm2": Study(
+        "Real text and a base that knows it: GSM8K from a corpus of GSM8K and CodeAlpaca, with "
+        "SmolLM2-135M-Instruct.",
+        {
+            "text": based_on(
+                SMOLLM2, within_hours(gsm8k(n_target=290, n_code=100, base=SMOLLM2.folder))
+            )
+        },
+        MAIN_ROWS | {"adaptations": ("heads",)},
+        trained=True,
+    ),
     "larger-base": Study(
         "The main rows of the synthetic study with a base of 42 M parameters.",
-        {"plain": with_larger_base(plain)},
+        {"plain": based_on(LARGER_BASE, plain)},
         MAIN_ROWS,
         trained=True,
     ),
     "larger-base-text": Study(
         "The main rows on GSM8K and CodeAlpaca with a base of 42 M parameters.",
-        {"text": with_larger_base(gsm8k(n_target=700, n_code=550, base="larger-base"))},
+        {"text": based_on(LARGER_BASE, gsm8k(n_target=700, n_code=550, base="larger-base"))},
         MAIN_ROWS,
         trained=True,
     ),
     "larger-base-renamed": Study(
         "Which scorer finds the target where words do not tell it, with a base of 42 M parameters?",
-        {"renamed": with_larger_base(hard("renamed"))},
+        {"renamed": based_on(LARGER_BASE, hard("renamed"))},
         {
             "rankers": ("frobenius", "spad", RANDOM_HEADS[0]),
             "scorers": tuple(name for name in SCORERS if name != "loss-shift"),
