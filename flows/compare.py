@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.engine import all_at_once
 from flows.hub import pinned
-from flows.inputs import Inputs, check_inputs, make_runtime
+from flows.inputs import Inputs, check_inputs, make_runtime, takes_depth
 from flows.launch import ranked_bases, run_name, run_of, started, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
@@ -322,9 +322,10 @@ def _settings_of(
     is_full = adaptation.name == "full"
     rate = settings.arms.full_learning_rate if is_full else settings.training.learning_rate
     share = {"fraction": ranker.fraction} if ranker.fraction is not None else {}
+    depth = settings.scoring.depth if takes_depth(scorer.name) else "heads"
     changes: Sequence[tuple[str, dict[str, Any]]] = (
         ("heads", {"ranker": ranker.name, "options": ranker.options, **share}),
-        ("scoring", {"scorer": scorer.name, "options": scorer.options}),
+        ("scoring", {"scorer": scorer.name, "options": scorer.options, "depth": depth}),
         (
             "training",
             {

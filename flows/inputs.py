@@ -208,11 +208,16 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
     )
 
 
+def takes_depth(scorer: str) -> bool:
+    """Whether scoring.depth says anything to it."""
+    return "depth" in {field.name for field in fields(scorers.get(scorer))}
+
+
 def _scorer_options(settings: RunSettings) -> dict[str, Any]:
     scoring = settings.scoring
     if scoring.depth == "heads":
         return scoring.options
-    if "depth" not in {field.name for field in fields(scorers.get(scoring.scorer))}:
+    if not takes_depth(scoring.scorer):
         raise SettingsError(
             f"scoring.depth is {scoring.depth}, but the scorer {scoring.scorer!r} does not run the "
             "model to its task heads. Leave scoring.depth out, or choose head-filter or "

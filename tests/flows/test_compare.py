@@ -10,7 +10,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import FlowFilter, TaskRunFilter
 
 from flows.cli.compare import refuse_if_all_failed, show
-from flows.compare import attempt, grid_of, run_compare
+from flows.compare import attempt, checked_arms, grid_of, run_compare
 from flows.inputs import check_inputs
 from flows.settings import RunSettings, load_settings, parse_settings
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, read
@@ -89,6 +89,17 @@ def test_what_the_run_would_take_has_the_options_of_the_run(compared):
     assert rankers == {"taylor": {"normalise_layers": True}, "random": {}}
     ranks = {arm.adaptation: its.training.options for arm, its in arms.items()}
     assert ranks == {"lora": {"rank": 2}, "full": {}}
+
+
+def test_depth_is_for_the_scorers_that_run_the_model_to_its_heads(compared):
+    _, file, _ = compared
+    grid = {"scorers": ["head-activation", "tfidf"], "adaptations": ["full"]}
+    values = yaml.safe_load(file.read_text()) | {"scoring": {"depth": 0.5}, "compare": grid}
+    arms = grid_of(parse_settings(values, file))
+    depths = {arm.scorer: its.scoring.depth for arm, its in arms.arms.items()}
+    assert depths == {"head-activation": 0.5, "tfidf": "heads"}
+    # what is not for a scorer is refused where it is asked for
+    assert {arm.scorer for arm, _ in checked_arms(arms, set())} == {*depths}
 
 
 @pytest.mark.parametrize(
