@@ -26,10 +26,9 @@ from flows.stages import (
     choose,
     cost_of_full,
     evaluate,
-    find_heads,
+    heads_for,
     other_arms,
     read_data,
-    reuse_heads,
     train,
     use_from_now_on,
 )
@@ -103,8 +102,8 @@ def adapt_to(
 
     data = read_data(run)
     given = given_head_map(Store(store), head_map, inputs, settings.target.name)
-    heads = reuse_heads(run, given) if given is not None else find_heads(run, data.target)
-    if given is None and head_map == IN_USE:
+    heads = heads_for(run, data, given)
+    if heads is not None and given is None and head_map == IN_USE:
         use_from_now_on(run, heads, "the first run that asked for one")
     scores = score_corpus(run, data, heads, inputs.scorer)
     subset = choose(run, data, scores)
@@ -137,7 +136,13 @@ def adapt_to(
 
 
 def not_looked_at(inputs: Inputs, heads: ArtifactRef) -> list[str]:
-    """What a given head map was made with, where the settings say otherwise."""
+    """What a given head map was made with, where the settings say otherwise; or that none is
+    looked at."""
+    if not inputs.needs_heads:
+        return [
+            f"the head map that was given was not looked at: neither {inputs.scorer.name} nor "
+            f"{inputs.adaptation.name} looks at heads"
+        ]
     ranker, pick = heads.manifest.facts["ranker"], heads.manifest.settings["pick"]
     if (ranker, pick) == (inputs.ranker.name, asdict(inputs.pick)):
         return []

@@ -18,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.engine import all_at_once
 from flows.hub import pinned
-from flows.inputs import Inputs, check_inputs, make_runtime, takes_depth
+from flows.inputs import Inputs, check_inputs, make_runtime, scores_by_heads, takes_depth
 from flows.launch import ranked_bases, run_name, run_of, started, store_folder
 from flows.ledger import Ledger
 from flows.report import labels_of
@@ -38,7 +38,6 @@ from flows.stages import (
     train,
 )
 from p2d_core.adaptation.adaptations import adaptations
-from p2d_core.affinity import scorers, steps_of
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, Plugins
 from p2d_core.errors import InputError, P2DError
 from p2d_core.evaluation import metrics
@@ -89,7 +88,7 @@ def grid_of(settings: RunSettings) -> Grid:
         _as_in_the_run(grid.adaptations, training.adaptation, training.options),
         grid.fractions,
     ):
-        by_heads = _scores_by_heads(scorer)
+        by_heads = scores_by_heads(scorer.name, scorer.options)
         looks = by_heads or _adapts_heads(adaptation)
         plugins = Plugins(scorer.name, ranker.name if looks else NONE, adaptation.name, by_heads)
         named = (scorer.shown, ranker.shown if looks else NONE, adaptation.shown)
@@ -305,11 +304,6 @@ def _as_in_the_run(
     for each in choices:
         given = each.name != name or "options" in each.model_fields_set
         yield each if given else each.model_copy(update={"options": options})
-
-
-def _scores_by_heads(scorer: Choice) -> bool:
-    steps = steps_of(scorers.make(scorer.name, scorer.options))
-    return any(step.scorer.needs_heads or step.scorer.needs_head_proxy for step in steps)
 
 
 def _adapts_heads(adaptation: Choice) -> bool:

@@ -66,6 +66,17 @@ class Inputs:
     evaluating: EvaluationSpec
     harness: HarnessSpec | None
 
+    @property
+    def needs_heads(self) -> bool:
+        """Whether scorer or adaptation looks at task heads: if none does, none are ranked."""
+        return self.adaptation_needs_heads or scores_by_heads(self.scorer.name, self.scorer.options)
+
+
+def scores_by_heads(scorer: str, options: dict[str, Any]) -> bool:
+    """Whether a step of a scorer looks at task heads, or through them as tuned."""
+    steps = steps_of(scorers.make(scorer, options))
+    return any(step.scorer.needs_heads or step.scorer.needs_head_proxy for step in steps)
+
 
 def check_inputs(
     settings: RunSettings, ranked_bases: Container[str] = (), like: Inputs | None = None

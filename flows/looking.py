@@ -20,9 +20,8 @@ from flows.stages import (
     choose_at_random,
     cost_of_full,
     evaluate,
-    find_heads,
+    heads_for,
     read_data,
-    reuse_heads,
     train,
     train_full,
 )
@@ -115,7 +114,7 @@ def look_up(
         cut = [{"file": "", "sha": shard.sha} for shard in shards]
         corpus = _Foreseen(stage=data.corpus.stage, key=data.corpus.key, shards=cut)
         data = replace(data, corpus=corpus)
-    heads = reuse_heads(run, given) if given is not None else find_heads(run, data.target)
+    heads = heads_for(run, data, given)
     scores = attempt("scores", lambda: score_corpus(run, data, heads, inputs.scorer))
     subset = choose(run, data, scores)
     models: dict[str, ArtifactRef | None] = {"base": None}

@@ -166,6 +166,8 @@ class _Planner:
 
     def _heads(self) -> Iterator[Call]:
         yield "samples", lambda: Estimate(self.data.seconds_to_read / 2)
+        if not self.inputs.needs_heads:
+            return
         if self.given is not None:
             for stage in ("proxy", "heads"):
                 yield from [(stage, Estimate)] * len(self.found.calls.get(stage, []))

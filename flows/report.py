@@ -41,7 +41,7 @@ def make_summary(
     reference: Reference,
     sources: Sequence[ArtifactRef],
     corpus: ArtifactRef,
-    heads: ArtifactRef,
+    heads: ArtifactRef | None,
     subset: ArtifactRef,
     models: Mapping[str, ArtifactRef | None],
     evaluations: Mapping[str, Mapping[str, ArtifactRef]],
@@ -57,7 +57,9 @@ def make_summary(
     last = {entry.stage: entry.refs[-1] for entry in ledger.entries if entry.refs}
     for by_arm in ("evaluation", "harness"):
         last.pop(by_arm, None)
-    named = last | {"heads": heads, "subset": subset, "model": model} | kept
+    named = last | {"subset": subset, "model": model} | kept
+    if heads is not None:
+        named["heads"] = heads
     for arm, measured in evaluations.items():
         named |= {f"evaluation_{arm}_{on}": ref for on, ref in measured.items()}
     named |= {f"harness_{arm}": ref for arm, ref in benchmarks.items()}
@@ -67,7 +69,7 @@ def make_summary(
         base=base_name(settings.base),
         hub=hub_names(settings),
         target=settings.target.name,
-        heads=_heads(heads),
+        heads=_heads(heads) if heads is not None else None,
         selection=_selection(settings, corpus, last["scores"], subset),
         rejected=_rejected(sources),
         trainable=TrainableSummary(

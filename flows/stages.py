@@ -114,6 +114,13 @@ def read_target(run: Run, sources: list[ArtifactRef]) -> tuple[ArtifactRef, Arti
     return target, evaluation
 
 
+def heads_for(run: Run, data: Data, given: ArtifactRef | None) -> ArtifactRef | None:
+    """The head map that was given, or else one that is found; None where no heads are needed."""
+    if not run.inputs.needs_heads:
+        return None
+    return reuse_heads(run, given) if given is not None else find_heads(run, data.target)
+
+
 def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
     """A given head map, with what it and its proxy run cost when they were made."""
     for ref in reversed(Store(Path(run.runtime.store)).lineage(heads)):
@@ -201,7 +208,7 @@ def train(
 
 
 def other_arms(
-    run: Run, data: Data, heads: ArtifactRef, scores: ArtifactRef
+    run: Run, data: Data, heads: ArtifactRef | None, scores: ArtifactRef
 ) -> dict[str, ArtifactRef]:
     """What P2D is held against: random data of the same size, and everything."""
     arms = {}

@@ -24,8 +24,10 @@ def draw_pictures(
     refs: Mapping[str, ArtifactRef],
     curves: Mapping[str, list[dict[str, float]]],
 ) -> None:
-    heads = refs["heads"].path / "heads.png" if "heads" in refs else Path(summary.heads.picture)
-    if heads.is_file():
+    heads = refs["heads"].path / "heads.png" if "heads" in refs else None
+    if heads is None and summary.heads is not None:
+        heads = Path(summary.heads.picture)
+    if heads is not None and heads.is_file():
         (folder / "heads.png").write_bytes(heads.read_bytes())
     if "scores" in refs and "subset" in refs:
         draw_affinities(

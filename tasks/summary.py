@@ -193,7 +193,8 @@ class Summary(BaseModel):
     target: str = ""
     hub: list[str] = []
     """What came from the hub, base and datasets, each with its commit: hf://OWNER/NAME@COMMIT."""
-    heads: HeadsSummary
+    heads: HeadsSummary | None
+    """None: neither scorer nor adaptation looks at heads, and none were ranked."""
     selection: SelectionSummary
     rejected: list[RejectedSummary] = []
     trainable: TrainableSummary

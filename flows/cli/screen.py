@@ -63,6 +63,15 @@ def _stages(summary: Summary, console: Console) -> None:
 
 def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
     heads, moving = summary.heads, summary.trainable
+    if heads is None:
+        title(console, "What moves")
+        say(
+            console,
+            f"{moving.parameters:,} parameters, {moving.share_of_model:.1%} of the model, by "
+            f"{moving.adaptation}. No heads were ranked: neither it nor {summary.selection.scorer} "
+            "looks at any.",
+        )
+        return
     title(console, "Task heads")
     say(
         console,
@@ -201,8 +210,8 @@ def _kept(summary: Summary, console: Console) -> None:
 
 def _next(summary: Summary, console: Console) -> None:
     store = ""
-    heads = summary.artifacts.get("heads")
-    folder = Path(heads).parent.parent if heads else Path("artifacts")
+    model = summary.artifacts.get("model")
+    folder = Path(model).parent.parent if model else Path("artifacts")
     if folder != Path("artifacts"):
         store = f" --store {shlex.quote(str(folder))}"
     query = "SELECT left(key, 8) AS artifact, source, avg(affinity) FROM scores GROUP BY ALL"

@@ -197,8 +197,10 @@ def _facts(card: Card) -> list[str]:
 
 def _of_run(card: Card, summary: Summary) -> list[str]:
     page, quality = _page(summary), summary.quality
-    lines = ["", "## Task heads", "", escaped(page.heads_text) + ":", ""]
-    lines += [", ".join(f"layer {layer} head {head}" for layer, head in sorted(summary.heads.ids))]
+    lines = ["", "## Task heads", "", escaped(page.heads_text)]
+    if summary.heads is not None:
+        ids = [f"layer {layer} head {head}" for layer, head in sorted(summary.heads.ids)]
+        lines[-1:] = [lines[-1] + ":", "", ", ".join(ids)]
     if card.has_picture:
         lines += ["", f"![every query head with its rank]({PICTURE})"]
     columns = ["source", ">chosen", ">in the corpus", ">share"]

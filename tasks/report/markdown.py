@@ -120,11 +120,12 @@ def _note(page: Page, links: Iterable[tuple[str, str]], picture: str, length: in
 def _headline(page: Page, links: Iterable[tuple[str, str]]) -> list[str]:
     """What MLflow shows before `Show more`."""
     summary, aer, moving = page.summary, page.summary.aer, page.summary.trainable
-    quality = summary.quality
+    quality, heads = summary.quality, summary.heads
+    of_heads = f"{heads.selected} of {heads.total} heads · " if heads is not None else ""
     return [
         f"**{escaped(page.metric)} {quality.base:.3f} → {quality.p2d:.3f}** "
         f"({page.gain_text}) · **AER {aer.cold:.3f}** ({times(aer.speedup)}) · "
-        f"{summary.heads.selected} of {summary.heads.total} heads · {page.share} of the data · "
+        f"{of_heads}{page.share} of the data · "
         f"{moving.parameters:,} parameters ({moving.share_of_model:.1%})",
         "",
         " · ".join(

@@ -97,6 +97,9 @@ class Page:
     def heads_text(self) -> str:
         """Such as 4 of 32 (12.5%) by frobenius."""
         heads = self.summary.heads
+        if heads is None:
+            moved_by = self.summary.trainable.adaptation
+            return f"none: neither {self.summary.selection.scorer} nor {moved_by} looks at any"
         share = percent(heads.selected, heads.total)
         return f"{heads.selected} of {heads.total} ({share}) by {heads.ranker}"
 
@@ -213,10 +216,10 @@ class Page:
     @property
     def notes(self) -> list[str]:
         """What a person should know."""
-        summary = self.summary
+        summary, heads = self.summary, self.summary.heads
         notes = [summary.aer.caveat] if summary.aer.caveat else []
         notes += [f"{one.rows:,} rows of {one.source} left out" for one in summary.rejected]
-        notes += [summary.heads.agreement.text] if summary.heads.agreement else []
+        notes += [heads.agreement.text] if heads is not None and heads.agreement else []
         notes += summary.selection.notes
         if len(notes) > MOST_NOTES:
             notes = [*notes[: MOST_NOTES - 1], f"{len(notes) - MOST_NOTES + 1} more in the summary"]

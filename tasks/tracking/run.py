@@ -151,13 +151,13 @@ def _tags(page: Page, refs: Mapping[str, ArtifactRef]) -> dict[str, str]:
     tags = {
         KIND: "adaptation",
         "arm": ARM_NAMES["p2d"],
-        "heads": _out_of(summary.heads.selected, summary.heads.total),
         "data": _out_of(summary.selection.selected, summary.selection.corpus),
         "AER parts": bar(summary.aer.stages, summary.aer.full_seconds),
         "reused": page.reused_text,
-        "ranker": summary.heads.ranker,
         "scorer": summary.selection.scorer,
     }
+    if (heads := summary.heads) is not None:
+        tags |= {"heads": _out_of(heads.selected, heads.total), "ranker": heads.ranker}
     commit = _git("rev-parse", "HEAD")
     if commit:
         changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -208,14 +208,14 @@ def _metrics(page: Page) -> list[Metric]:
         "trainable/parameters": summary.trainable.parameters,
         "trainable/share_of_model": summary.trainable.share_of_model,
         "trainable/share_of_attention": summary.trainable.share_of_attention,
-        "heads/selected": summary.heads.selected,
-        "heads/total": summary.heads.total,
         "selection/selected": selection.selected,
         "selection/corpus": selection.corpus,
         "selection/cut_off": selection.cut_off,
         "samples/rejected": sum(one.rows for one in summary.rejected),
         "seconds": summary.seconds,
     }
+    if (heads := summary.heads) is not None:
+        numbers |= {"heads/selected": heads.selected, "heads/total": heads.total}
     numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
     numbers |= {f"aer_seconds_this_run/{term}": s for term, s in aer.stages_this_run.items()}
     for what, counts in (("source", selection.by_source), ("label", selection.by_label)):
