@@ -23,6 +23,7 @@ from flows.settings import RunSettings, anchored, named_after
 from p2d_core.errors import ArtifactError, P2DError
 from p2d_core.store import ArtifactRef, Store
 from tasks.stage import BaseModel
+from tasks.tracking.ahead import ask_ahead
 
 MOST_STARTS = 5
 """Of one run: what kills it every time must not go on for ever."""
@@ -53,12 +54,14 @@ def started(
     """Calls a flow whose input was checked, which `run_of` gives it then.
 
     Raises:
-        SettingsError: the engine that the settings name is not there.
+        SettingsError: the engine that the settings name is not there, or their experiment deleted.
         ServiceError: Prefect's server went away before the work was done.
     """
     finished: list[T] = []
+    answered = ask_ahead(settings.tracking.uri, settings.tracking.experiment)
 
     def run(run_id: str) -> T:
+        answered()
         token = _begun.set(Begun(settings, run_id, checked, finished))
         try:
             return flow()
@@ -114,6 +117,7 @@ def run_of(
         return
     settings = pinned(anchored(settings, Path.cwd()))
     checked, base = check(settings)
+    ask_ahead(settings.tracking.uri, settings.tracking.experiment)()
     with engine_of(settings, base), on_worker(store) as run_id:
         yield Begun(settings, run_id, checked, [])
 

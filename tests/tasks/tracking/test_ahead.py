@@ -1,0 +1,53 @@
+"""A server that will not take a run's record is known of before the run."""
+
+import pytest
+from mlflow import MlflowClient
+
+from p2d_core.errors import SettingsError
+from tasks.tracking import ahead
+from tasks.tracking.database import mlflow_uri, prepare_tracking
+from tests.job import quick_job
+
+
+@pytest.fixture
+def server(tmp_path) -> str:
+    """A team's database with an experiment that was deleted and one that was not."""
+    prepare_tracking(tmp_path)
+    uri = mlflow_uri(tmp_path)
+    client = MlflowClient(uri)
+    client.create_experiment("in use")
+    client.delete_experiment(client.create_experiment("old"))
+    return uri
+
+
+def test_a_deleted_experiment_is_refused_before_anything_starts(server, tmp_path):
+    job = quick_job(tmp_path / "job")
+    with pytest.raises(
+        SettingsError,
+        match=r"experiment 'old' at sqlite:.*mlflow\.db is deleted.*mlflow experiments",
+    ):
+        job.run(tracking={"uri": server, "experiment": "old"})
+    assert not list(job.store.glob("samples/*"))
+
+
+@pytest.mark.parametrize("experiment", ["in use", "not there yet"])
+def test_one_that_is_there_or_new_is_fine(server, experiment, caplog):
+    ahead.ask_ahead(server, experiment)()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [("http://name:secret@127.0.0.1:9", "refused"), ("htp://x", "htp")],
+)
+def test_one_that_does_not_answer_is_warned_of(uri, why, caplog):
+    ahead.ask_ahead(uri, "p2d")()
+    (record,) = caplog.records
+    assert why in record.message
+    assert "The run goes on" in record.message and "tracking.uri" in record.message
+    assert "secret" not in record.message
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path, caplog):
+    ahead.ask_ahead(f"sqlite:///{tmp_path / 'new.db'}", "p2d")()
+    assert not caplog.records and not list(tmp_path.iterdir())
