@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
 from p2d_core.affinity.words import TEXTS, counts_in, sample_counts, table_counts
 from p2d_core.heads.head_map import HeadMap
@@ -22,7 +22,7 @@ from p2d_core.samples.schema import Sample
 
 @scorers.register("bm25")
 @dataclass(frozen=True)
-class Bm25:
+class Bm25(Scorer):
     """BM25 of a sample for each proxy sample as a query, averaged over the best of them.
 
     ``sum over the query's words of idf * tf / (tf + k1 * (1 - b + b * length / mean length))``,
@@ -48,8 +48,6 @@ class Bm25:
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
     runs_model: ClassVar[bool] = False
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Hashed word counts of the proxy samples, as the arrays of a CSR matrix."""

@@ -22,7 +22,7 @@ from p2d_core.affinity.in_context import (
     samples_kept,
 )
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.evaluation.generation import generate
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -33,7 +33,7 @@ SCORE = "score"
 
 @scorers.register("data-whisperer")
 @dataclass(frozen=True)
-class DataWhisperer:
+class DataWhisperer(Scorer):
     """How well the query is answered in a context, times the attention a token of the sample gets.
 
     The answer that the model generates is judged by ROUGE-L against the right one, or the right
@@ -62,12 +62,6 @@ class DataWhisperer:
 
     version: ClassVar[str] = "2"
     measures_target: ClassVar[bool] = True
-    measured_by: ClassVar[tuple[str, ...]] = (
-        "demonstrations", "draws", "layer", "judged_by", "seed"
-    )  # fmt: skip
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """The proxy samples' token ids."""

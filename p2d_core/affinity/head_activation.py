@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
 from p2d_core.errors import InputError, SettingsError
@@ -29,7 +29,7 @@ OUTPUTS = "head_outputs"
 
 @scorers.register("head-activation")
 @dataclass(frozen=True)
-class HeadActivation:
+class HeadActivation(Scorer):
     """Cosine to the nearest proxy samples in the whitened space of the task heads' outputs.
 
     A head's output, before the output projection, is averaged over all tokens of the sample, or
@@ -57,9 +57,7 @@ class HeadActivation:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ("depth", "tokens")
-    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
-    needs_head_proxy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.depth != "heads" and not (

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from p2d_core.adaptation.slices import merged
 from p2d_core.affinity.gradients import Sketch, few_at_once, output_gradients
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.attention.layout import slices_of
 from p2d_core.attention.structure import is_transposed
 from p2d_core.heads.head_map import HeadMap
@@ -28,7 +28,7 @@ GRADIENT = "gradient"
 
 @scorers.register("head-gradient")
 @dataclass(frozen=True)
-class HeadGradient:
+class HeadGradient(Scorer):
     """Cosine of the gradient over the task heads' slices to the proxy samples' mean gradient.
 
     The gradient is that of the response's mean loss under the base, over the q rows, o columns and
@@ -50,10 +50,7 @@ class HeadGradient:
 
     version: ClassVar[str] = "2"
     measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ("dimensions", "include_kv", "seed")
-    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, dimensions]."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.attention.silence import silenced
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -22,7 +22,7 @@ BASE, SILENCED = "base_loss", "silenced_loss"
 
 @scorers.register("head-influence")
 @dataclass(frozen=True)
-class HeadInfluence:
+class HeadInfluence(Scorer):
     """What the response's loss rises by when the task heads are silenced in the base.
 
     Silenced is: their outputs are zero before the output projection. Costs two forward passes a
@@ -38,9 +38,7 @@ class HeadInfluence:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2]."""

@@ -19,7 +19,7 @@ from p2d_core.affinity.in_context import (
     samples_kept,
 )
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -30,7 +30,7 @@ N_CIRCUMSTANCES = 4
 
 @scorers.register("icl-attention")
 @dataclass(frozen=True)
-class IclAttention:
+class IclAttention(Scorer):
     """The attention that the task heads pay to a sample from the answers of target queries.
 
     The candidate stands among demonstrations of the proxy set before a proxy query with its right
@@ -61,9 +61,7 @@ class IclAttention:
     version: ClassVar[str] = "2"
     measures_target: ClassVar[bool] = True
     measured_by: ClassVar[tuple[str, ...]] = ("demonstrations", "draws", "weigh_by_gain", "seed")
-    runs_model: ClassVar[bool] = True
     needs_heads: ClassVar[bool] = True
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """The task heads and the proxy samples' token ids."""

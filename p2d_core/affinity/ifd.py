@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -21,7 +21,7 @@ WITH, ALONE = "loss_with_prompt", "loss_alone"
 
 @scorers.register("ifd")
 @dataclass(frozen=True)
-class Ifd:
+class Ifd(Scorer):
     """The response's loss given its prompt over its loss alone; the higher, the harder to follow.
 
     Above 1 the prompt misleads, which the paper takes for a broken sample and leaves out: there
@@ -36,10 +36,6 @@ class Ifd:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Nothing."""

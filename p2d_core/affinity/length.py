@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -20,7 +20,7 @@ TOKENS = "n_response_tokens"
 
 @scorers.register("length")
 @dataclass(frozen=True)
-class Length:
+class Length(Scorer):
     """Tokens of the response, of a conversation those of its earlier answers too.
 
     Runs no model and knows no target: what a scorer has to beat.
@@ -30,10 +30,7 @@ class Length:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ()
     runs_model: ClassVar[bool] = False
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Nothing."""

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from p2d_core.affinity.gradients import Sketch, few_at_once, output_gradients
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.attention.structure import sizes_of
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -32,7 +32,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 @scorers.register("less")
 @dataclass(frozen=True)
-class Less:
+class Less(Scorer):
     """Mean cosine of the step that Adam would make on a sample to the proxy samples' gradients.
 
     Gradients are those of a LoRA of q, k, v and o in every layer, one a module where they are
@@ -64,12 +64,6 @@ class Less:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = True
-    measured_by: ClassVar[tuple[str, ...]] = (
-        "rank", "alpha", "epochs", "learning_rate", "batch_size", "dimensions", "seed",
-    )  # fmt: skip
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """The LoRA's ``a.N`` and ``b.N``, Adam's second moment ``square``, and ``proxy``.

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -20,7 +20,7 @@ BASE_LOSS = "base_loss"
 
 @scorers.register("loss")
 @dataclass(frozen=True)
-class Loss:
+class Loss(Scorer):
     """The response's loss under the base: a baseline that knows no target.
 
     Costs one forward pass a sample.
@@ -34,9 +34,6 @@ class Loss:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Nothing."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -21,7 +21,7 @@ from p2d_core.samples.schema import Sample
 
 @scorers.register("head-proxy-loss")
 @dataclass(frozen=True)
-class HeadProxyLoss:
+class HeadProxyLoss(Scorer):
     """Minus the response's loss under the base with task heads tuned on the proxy set.
 
     A response that does not follow from its prompt as in the target has a high loss.
@@ -32,9 +32,6 @@ class HeadProxyLoss:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
@@ -59,7 +56,7 @@ class HeadProxyLoss:
 
 @scorers.register("loss-shift")
 @dataclass(frozen=True)
-class LossShift:
+class LossShift(Scorer):
     """What tuning the task heads on the proxy set took off the response's loss.
 
     Costs two forward passes a sample, and one where the step before has measured the tuned loss.
@@ -69,9 +66,6 @@ class LossShift:
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
-    measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
     needs_head_proxy: ClassVar[bool] = True
     takes_over: ClassVar[tuple[str, ...]] = ("tuned_loss",)
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from p2d_core.affinity.loss import BASE_LOSS
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -20,7 +20,7 @@ from p2d_core.samples.schema import Sample
 
 @scorers.register("mid-perplexity")
 @dataclass(frozen=True)
-class MidPerplexity:
+class MidPerplexity(Scorer):
     """How near the response's perplexity is to the middle of the corpus' own.
 
     Costs one forward pass a sample; 8 bytes of memory a sample to compare them.
@@ -35,9 +35,6 @@ class MidPerplexity:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Nothing."""

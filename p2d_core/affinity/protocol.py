@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, cast, runtime_checkable
 
 import pyarrow as pa
 from torch import Tensor
@@ -29,7 +29,11 @@ class Target:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Gives every sample one affinity, in three steps of which only the middle one is dear."""
+    """Gives every sample one affinity, in three steps of which only the middle one is dear.
+
+    A scorer is a frozen dataclass whose fields are its settings. What it inherits holds for any:
+    one that leaves something out is measured more often than it need be, never less.
+    """
 
     @property
     def version(self) -> str:
@@ -38,28 +42,28 @@ class Scorer(Protocol):
 
     @property
     def measures_target(self) -> bool:
-        """Does measure() need to know the target?"""
-        ...
+        """Does measure() need to know the target? True: another target measures everything."""
+        return True
 
     @property
     def measured_by(self) -> tuple[str, ...]:
         """The settings that measure() reads: changing others measures nothing again."""
-        ...
+        return tuple(field.name for field in fields(cast(Any, self)))
 
     @property
     def runs_model(self) -> bool:
         """Does measure() run the model? False: it measures nothing."""
-        ...
+        return True
 
     @property
     def needs_heads(self) -> bool:
         """Does it look at the task heads? False: it is given none."""
-        ...
+        return False
 
     @property
     def needs_head_proxy(self) -> bool:
         """Does it look through the task heads as tuned on the proxy set?"""
-        ...
+        return False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """What measure and affinity need; without target samples only what measure needs."""

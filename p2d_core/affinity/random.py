@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -18,7 +18,7 @@ from p2d_core.samples.schema import Sample
 
 @scorers.register("random")
 @dataclass(frozen=True)
-class RandomScorer:
+class RandomScorer(Scorer):
     """Uniform in [0, 1), from the sample's id and the seed alone. Costs nothing: it runs no model.
 
     Source: the usual control.
@@ -30,8 +30,6 @@ class RandomScorer:
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
     runs_model: ClassVar[bool] = False
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Nothing."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.samples.schema import Sample
@@ -24,7 +24,7 @@ HIDDEN = "hidden"
 
 @scorers.register("rds-plus")
 @dataclass(frozen=True)
-class RdsPlus:
+class RdsPlus(Scorer):
     """Cosine between position-weighted means of last hidden states; targets choose in turn.
 
     A token weighs as much as its place in the sample, counted from 1, so that those that have seen
@@ -44,9 +44,6 @@ class RdsPlus:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
-    runs_model: ClassVar[bool] = True
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``proxy`` [n_proxy, hidden], with a target."""

@@ -24,7 +24,7 @@ OF_EVERY_TABLE = ("sample_id", *SAMPLE_COLUMNS, "n_tokens", "n_response_tokens")
 
 @scorers.register("sum")
 @dataclass(frozen=True)
-class Sum:
+class Sum(Scorer):
     """Other scorers' affinities, each standardised on the corpus, weighted and added.
 
     Standardised is: its mean over the corpus is 0 and its standard deviation 1 (where all are

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from p2d_core.affinity.measuring import only
-from p2d_core.affinity.protocol import ScorerState, Target, scorers
+from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.affinity.similarity import nearest_mean
 from p2d_core.affinity.words import TEXTS, counts_in, sample_counts, table_counts
 from p2d_core.heads.head_map import HeadMap
@@ -22,7 +22,7 @@ from p2d_core.samples.schema import Sample
 
 @scorers.register("tfidf")
 @dataclass(frozen=True)
-class Tfidf:
+class Tfidf(Scorer):
     """Cosine to the nearest proxy samples in TF-IDF space.
 
     Costs no forward pass; words are counted twice.
@@ -39,8 +39,6 @@ class Tfidf:
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
     runs_model: ClassVar[bool] = False
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """Hashed word counts of the proxy samples, as the arrays of a CSR matrix."""

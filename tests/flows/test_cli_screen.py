@@ -169,7 +169,7 @@ def test_runs_that_a_server_has_are_looked_at_there(refs):
 
 
 def test_a_store_with_a_space_in_its_name_is_quoted(refs):
-    done = summary(refs, artifacts={"heads": "my store/heads/abc"})
+    done = summary(refs, artifacts={"model": "my store/model/abc"})
     assert "p2d ui --store 'my store'" in screen(done)
 
 

@@ -1,7 +1,7 @@
 """What each scorer's numbers mean, and that they depend on nothing else."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from p2d_core.affinity import Target, scorers, steps_of
+from p2d_core.affinity import Scorer, Target, scorers, steps_of
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
@@ -365,3 +365,41 @@ def test_no_setting_of_a_scorer_is_left_out():
         if name != "sum":
             settings = {each.name for each in fields(scorers.get(name)) if each.init}
             assert settings == set(OTHERS.get(name, {})), name
+
+
+COMPARED_BY = [
+    (name, setting)
+    for name in OTHERS
+    for setting in OTHERS[name]
+    if name in MODEL_RUN_BY and setting not in scorers.make(name, {}).measured_by
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), COMPARED_BY)
+def test_what_it_is_not_measured_by_leaves_a_measurement_as_it_is(name, setting, model, heads):
+    """Were it read there, other values of it would take measurements that are not theirs."""
+    changed = {setting: OTHERS[name][setting]}
+    usual, other = (
+        measured_by(scorers.make(name, options), model, heads) for options in ({}, changed)
+    )
+    assert usual.equals(other)
+
+
+def measured_by(scorer, model, heads) -> pa.Table:
+    known = TARGET if scorer.measures_target else Target((), ())
+    given = heads if scorer.needs_heads else None
+    state = scorer.prepare(model, given, known)
+    return pa.table(scorer.measure(model, state, samples(6)))
+
+
+def test_a_scorer_that_says_nothing_is_measured_by_all_that_there_is():
+    @dataclass(frozen=True)
+    class Plain(Scorer):
+        first: int = 1
+        second: float = 2.0
+
+    assert Plain().measured_by == ("first", "second")
+    assert Plain().measures_target
+    assert Plain().runs_model
+    assert not Plain().needs_heads
+    assert not Plain().needs_head_proxy

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from p2d_core.affinity.measuring import MeasuredCorpus
-from p2d_core.affinity.protocol import Step
+from p2d_core.affinity.protocol import Scorer, Step
 from p2d_core.affinity.scoring import passing_ids, score_corpus
 from p2d_core.errors import P2DError
 from p2d_core.samples.schema import Sample, sample_id_of, to_table
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Scorer):
     """A scorer whose affinity is a column that the test has written."""
 
     own: tuple[float, ...]
@@ -25,8 +25,6 @@ class Given:
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     runs_model: ClassVar[bool] = False
-    needs_heads: ClassVar[bool] = False
-    needs_head_proxy: ClassVar[bool] = False
 
     def prepare(self, model, heads, target):
         return {}
