@@ -44,10 +44,12 @@ def test_one_that_does_not_answer_is_warned_of(uri, why, caplog):
     ahead.ask_ahead(uri, "p2d")()
     (record,) = caplog.records
     assert why in record.message
-    assert "The run goes on" in record.message and "tracking.uri" in record.message
+    assert "The run goes on" in record.message
+    assert "tracking.uri" in record.message
     assert "secret" not in record.message
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path, caplog):
     ahead.ask_ahead(f"sqlite:///{tmp_path / 'new.db'}", "p2d")()
-    assert not caplog.records and not list(tmp_path.iterdir())
+    assert not caplog.records
+    assert not list(tmp_path.iterdir())
