@@ -69,6 +69,7 @@ class Size:
 
 
 SMALL = Shape("31M-llama", 384, 16, 12, 4, 32, 1024, 16_000)
+SMOLLM2 = Shape("smollm2-135m-shape", 576, 30, 9, 3, 64, 1536, 49_152)
 LLAMA_1B = Shape("llama-3.2-1b-shape", 2048, 16, 32, 8, 64, 8192, 128_256)
 QWEN_HALF_B = Shape("qwen2.5-0.5b-shape", 896, 24, 14, 2, 64, 4864, 151_936)
 QWEN_7B = Shape("qwen2.5-7b-shape", 3584, 28, 28, 4, 128, 18_944, 152_064)
@@ -78,11 +79,11 @@ SIZES = {
         device="cpu",
         precision="float32",
         shapes=(SMALL,),
-        trained_shapes=(QWEN_HALF_B,),
+        trained_shapes=(SMOLLM2,),
         ranking_shapes=(QWEN_HALF_B,),
         scored=16,
         tokens_per_batch=2048,
-        train_rows=2,
+        train_rows=4,
         chain_scored=32,
     ),
     "gpu": Size(

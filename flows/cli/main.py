@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -35,6 +36,9 @@ Start with [bold]p2d demo[/bold]; then [bold]p2d config -o my.yaml[/bold], fill 
 [bold]p2d adapt my.yaml[/bold]. What was computed is kept in the store and reused."""
 
 INTERRUPTED = 130
+FIRST_LOOK = 50_000
+"""New objects after which Python looks for garbage; 700 by default, at which it goes through all
+that is imported nine times before a run has begun."""
 GO_ON = "\nstopped. What was finished is kept: the same command goes on from there."
 
 app = typer.Typer(
@@ -83,6 +87,7 @@ def run() -> None:
 
     Of several processes that torchrun or accelerate launch started, the first runs it.
     """
+    gc.set_threshold(FIRST_LOOK, *gc.get_threshold()[1:])
     if not join().first:
         _help_the_first()
         return
