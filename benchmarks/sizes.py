@@ -51,6 +51,9 @@ class Size:
     shapes: tuple[Shape, ...]
     """That are scored with."""
     trained_shapes: tuple[Shape, ...]
+    """Whose training steps are timed."""
+    kept_shapes: tuple[Shape, ...]
+    """Of whose training steps it is said what they keep in memory."""
     ranking_shapes: tuple[Shape, ...]
     scored: int
     """Samples in a run of `scoring_vs_forward`."""
@@ -80,10 +83,11 @@ SIZES = {
         precision="float32",
         shapes=(SMALL,),
         trained_shapes=(SMOLLM2,),
+        kept_shapes=(SMOLLM2, QWEN_HALF_B),
         ranking_shapes=(QWEN_HALF_B,),
         scored=16,
         tokens_per_batch=2048,
-        train_rows=4,
+        train_rows=2,
         chain_scored=32,
     ),
     "gpu": Size(
@@ -91,6 +95,7 @@ SIZES = {
         precision="bfloat16",
         shapes=(LLAMA_1B, QWEN_7B),
         trained_shapes=(LLAMA_1B, QWEN_7B),
+        kept_shapes=(LLAMA_1B, QWEN_7B),
         ranking_shapes=(QWEN_HALF_B, QWEN_7B),
         scored=512,
         tokens_per_batch=32_768,

@@ -23,6 +23,7 @@ from p2d_core.response_loss import batch_loss
 from p2d_core.samples.tokens import collate
 
 Heads = Sequence[tuple[int, int]]
+Figures = Callable[["_Bench"], Iterator[Figure]]
 Moving = tuple[list[nn.Parameter], bool]
 """What moves, and whether it is the network's own weights."""
 LossOf = Callable[[Any, dict[str, Tensor]], Tensor]
@@ -37,20 +38,26 @@ def loss_as_it_is(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def measure(size: Size) -> Iterator[Figure]:
     """`masked_vs_full_step`, its upper half, both of LoRA, and `masked_vs_full_memory`."""
     for shape in size.trained_shapes:
-        rows = size.train_rows
-        while rows and (made := _fitting(replace(size, train_rows=rows), shape)) is None:
-            print(f"{shape.name}: a full fine-tuning step of {rows} samples does not fit")
-            # outside of `except`: there the error would still hold the tensors of what failed
-            gc.collect()
-            torch.cuda.empty_cache()
-            rows //= 2
-        yield from made if rows and made else ()
+        yield from _with_rows_that_fit(size, shape, _Bench.steps)
+    for shape in size.kept_shapes:
+        yield from _with_rows_that_fit(size, shape, _Bench.memory)
 
 
-def _fitting(size: Size, shape: Shape) -> list[Figure] | None:
+def _with_rows_that_fit(size: Size, shape: Shape, figures: Figures) -> Iterator[Figure]:
+    rows = size.train_rows
+    while rows and (made := _fitting(replace(size, train_rows=rows), shape, figures)) is None:
+        print(f"{shape.name}: a full fine-tuning step of {rows} samples does not fit")
+        # outside of `except`: there the error would still hold the tensors of what failed
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows //= 2
+    yield from made if rows and made else ()
+
+
+def _fitting(size: Size, shape: Shape, figures: Figures) -> list[Figure] | None:
     """None where memory runs out."""
     try:
-        return list(_Bench(size, shape).figures())
+        return list(figures(_Bench(size, shape)))
     except torch.OutOfMemoryError:
         return None
 
@@ -66,24 +73,26 @@ class _Bench:
         self.batch = {k: v.to(model.device) for k, v in collate(rows, model.pad_id).items()}
         self.tokens = int(self.batch["attention_mask"].sum())
         self.mean = sum(len(row) ** 2 for row in rows) / self.tokens
+        longest = self.batch["input_ids"].shape[1]
+        self.where = f"{size.train_rows} samples, {self.tokens:,} tokens, padded to {longest}"
 
-    def figures(self) -> Iterator[Figure]:
+    def arms(self) -> dict[str, Arm]:
+        """Full fine-tuning, task heads in every layer, and in the upper half."""
         n_layers = self.shape.layers
-        everywhere = spread(self.shape, 0, n_layers)
-        upper = spread(self.shape, n_layers // 2, n_layers)
-        arms = {
+        return {
             "full": full(self.network),
-            "masked": masked(self.network, everywhere),
-            "upper": masked(self.network, upper),
+            "masked": masked(self.network, spread(self.shape, 0, n_layers)),
+            "upper": masked(self.network, spread(self.shape, n_layers // 2, n_layers)),
         }
+
+    def steps(self) -> Iterator[Figure]:
+        """Seconds of a step."""
+        n_layers, arms = self.shape.layers, self.arms()
         arms["lora"] = lora(self.network, arms["masked"].n_moving)
         steps = {name: self.step(arm) for name, arm in arms.items()}
         steps["lora as it is"] = self.step(arms["lora"], loss_as_it_is)
         seconds = dict(zip(steps, alternate(*steps.values()), strict=True))
-        kept = {name: self.kept_bytes(arms[name]) for name in ("full", "masked", "upper")}
-        rows, longest = self.batch["input_ids"].shape
-        where = f"{rows} samples, {self.tokens:,} tokens, padded to {longest}"
-        worst = f"task heads in every layer, {arms['masked'].n_moving:,} parameters move"
+        worst, where = _worst(arms["masked"]), self.where
         of_lora = f"{arms['lora'].n_moving:,} parameters of LoRA on q, k, v move"
         others = {
             "full": "step of all parameters",
@@ -113,10 +122,17 @@ class _Bench:
                 floor_of="operations of the products; AdamW and norms are not counted",
                 note=note,
             )
+
+    def memory(self) -> Iterator[Figure]:
+        """Bytes beyond the weights."""
+        arms = self.arms()
+        steps = {name: self.step(arm) for name, arm in arms.items()}
+        seconds = dict(zip(steps, alternate(*steps.values(), runs=1), strict=True))
+        kept = {name: self.kept_bytes(arm) for name, arm in arms.items()}
         peaks = {name: peak_megabytes(steps[name]) for name in ("full", "masked")}
         yield figure(
             "masked_vs_full_memory",
-            f"bytes beyond the weights ({worst})",
+            f"bytes beyond the weights ({_worst(arms['masked'])})",
             "bytes beyond the weights, all parameters",
             (seconds["masked"], seconds["full"]),
             ratios=[kept["masked"].total / kept["full"].total],
@@ -127,7 +143,7 @@ class _Bench:
             note=(
                 f"{kept['masked']} against {kept['full']}; upper half {kept['upper']}, ratio "
                 f"{kept['upper'].total / kept['full'].total:.2f}; peak of a step "
-                f"{peaks['masked']:.0f} against {peaks['full']:.0f} MB; {where}"
+                f"{peaks['masked']:.0f} against {peaks['full']:.0f} MB; {self.where}"
             ),
         )
 
@@ -175,6 +191,10 @@ class _Bench:
         """
         frozen = 2 * forward_operations(self.shape, self.mean)
         return (frozen + 2 * n_slices) / (frozen + 6 * n_lora)
+
+
+def _worst(masked: Arm) -> str:
+    return f"task heads in every layer, {masked.n_moving:,} parameters move"
 
 
 @dataclass

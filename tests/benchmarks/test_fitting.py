@@ -15,13 +15,17 @@ def test_the_batch_is_halved_until_a_step_fits(monkeypatch, capsys):
         def __init__(self, size, shape):
             tried.append(size.train_rows)
 
-        def figures(self):
+        def steps(self):
             if tried[-1] > 16:
                 raise torch.OutOfMemoryError("no room")
             return iter(["a figure"])
 
+        def memory(self):
+            return iter(["another"])
+
     monkeypatch.setattr(training, "_Bench", Bench)
-    size = replace(SIZES["gpu"], trained_shapes=SIZES["gpu"].trained_shapes[:1])
-    assert list(training.measure(size)) == ["a figure"]
-    assert tried == [64, 32, 16]
+    one = SIZES["gpu"].trained_shapes[:1]
+    size = replace(SIZES["gpu"], trained_shapes=one, kept_shapes=one)
+    assert list(training.measure(size)) == ["a figure", "another"]
+    assert tried == [64, 32, 16, 64]
     assert "a full fine-tuning step of 64 samples does not fit" in capsys.readouterr().out
