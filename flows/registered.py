@@ -36,13 +36,17 @@ def registered_keys(store: Store, servers: Sequence[str]) -> set[str]:
 
     Raises:
         ServiceError: one of them does not answer or refuses, or runs of this store were recorded
-            at a server and none is given.
+            at more servers than are given.
     """
-    if not servers and (elsewhere := _recorded_elsewhere(store)):
+    recorded = set(_recorded_elsewhere(store))
+    given = {shown_uri(uri).rstrip("/") for uri in servers}
+    # from here a server may have another address than from where the run was
+    if len(unasked := recorded - given) > len(given - recorded):
         raise ServiceError(
-            f"runs of this store were recorded in MLflow at {', '.join(elsewhere)}, which this "
-            f"command was not told to ask. {NOTHING_REMOVED} Name the server with --mlflow URI or "
-            "MLFLOW_TRACKING_URI, by the address that it has from here."
+            f"runs of this store were recorded in MLflow at {', '.join(sorted(unasked))}, which "
+            f"this command was not told to ask. {NOTHING_REMOVED} Name the server with --mlflow "
+            "URI or MLFLOW_TRACKING_URI (several: --mlflow for each), by the address that it has "
+            "from here."
         )
     uris = [*servers, mlflow_uri(store.root)] if _database(store).is_file() else servers
     return {key for uri in dict.fromkeys(uris) for key in _keys_at(uri)}
@@ -60,7 +64,7 @@ def _recorded_elsewhere(store: Store) -> list[str]:
             uri = str(read_summary(file)["mlflow"]["tracking_uri"])
             # a store that was moved still has its database, under another path
             if not (uri.startswith(SQLITE) and _database(store).is_file()):
-                found[uri] = None
+                found[uri.rstrip("/")] = None
     return list(found)
 
 

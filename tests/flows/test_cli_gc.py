@@ -226,6 +226,20 @@ def test_a_server_that_runs_were_recorded_at_has_to_be_named(store, old, made_da
     gc(store, "--keep", "1", "--mlflow", f"sqlite:///{tmp_path}/now-here.db")
 
 
+def test_of_two_servers_that_runs_were_recorded_at_both_have_to_be_named(
+    store, old, made_database, tmp_path
+):
+    for place, name in enumerate(("one", "two")):
+        shutil.copy(made_database, tmp_path / f"{name}.db")
+        at_server = {"tracking_uri": f"http://{name}:5000/", "experiment": "p2d", "run_id": "1"}
+        age(keep_run(store, summary(old, f"run{place}", mlflow=at_server)), 40)
+    one, two = (f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two"))
+    with pytest.raises(ServiceError, match=r"at http://one:5000, http://two:5000, which.*--mlflow"):
+        gc(store, "--keep", "1", "--mlflow", one)
+    assert stages_left(old) == set(old)
+    gc(store, "--keep", "1", "--mlflow", one, "--mlflow", two)
+
+
 def test_a_store_whose_own_database_is_gone_loses_nothing(store, client, old):
     own = {"tracking_uri": mlflow_uri(store.root), "experiment": "p2d", "run_id": "1"}
     age(keep_run(store, summary(old, "old", mlflow=own)), 40)
