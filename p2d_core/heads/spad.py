@@ -1,5 +1,6 @@
 """sPAD: how far a proxy run moves a head's weights, each head's taken as one distribution."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from p2d_core.errors import HeadMapError, SettingsError
 from p2d_core.heads.ranking import RankingEvidence, rankers
 
 Support = Literal["positions", "values"]
+LOG2_E = math.log2(math.e)
 FAR = 1e100
 """A sum of exponentials up to it, or down to one over it, has lost nothing in float64."""
 
@@ -190,6 +192,5 @@ def _summed(entries: Tensor, temperature: float, into: Tensor, *, shifted: bool)
     into.copy_(entries)
     if shifted:
         into.sub_(into.amax(1, keepdim=True))
-    if temperature != 1:
-        into.div_(temperature)
-    return into.exp_().sum(1, keepdim=True)
+    # powers of two: exp_ goes by way of a library that is half as fast where the CPU is an AMD
+    return into.mul_(LOG2_E / temperature).exp2_().sum(1, keepdim=True)
