@@ -69,21 +69,27 @@ class _Stage:
     def __init__(self, of: StageProgress, name: str, bar: TaskID | None) -> None:
         self._of, self._name, self._bar = of, name, bar
         self._start = self._told = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        """What was told first, and when: what came before may be the work of a run that was killed,
+        so that the pace is of what comes after."""
 
     def tell(self, done: int, total: int) -> None:
         """``done`` of ``total``, in whatever the stage counts."""
-        if self._bar is not None:
-            self._of._bars.update(self._bar, completed=done, total=total or None)
-            return
         now = time.monotonic()
+        first, at = self._first = self._first or (done, now)
+        if self._bar is not None:
+            self._of._bars.update(
+                self._bar, completed=done, total=total or None, first=first, at=at
+            )
+            return
         if now - self._told < SECONDS_BETWEEN_LINES:
             return
         self._told = now
-        rate = done / (now - self._start)
+        rate = (done - first) / (now - at) if now > at else 0.0
         if total:
             self._line(f"{self._name}: {done:,} of {total:,}{pace(rate, total - done)}")
         else:
-            self._line(f"{self._name}: {done:,}, {rate:.1f}/s")
+            self._line(f"{self._name}: {done:,}" + (f", {rate:.1f}/s" if rate else ""))
 
     def end(self) -> None:
         """A line if it took long enough to be missed."""
@@ -109,10 +115,12 @@ class _Counts(ProgressColumn):
 class _Pace(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Rate and time left, once they are known."""
-        seconds, done = task.elapsed or 0.0, task.completed
+        done = task.completed - task.fields.get("first", 0)
+        seconds = time.monotonic() - task.fields.get("at", time.monotonic())
         if not task.total or not done or seconds < 1:
             return Text("")
-        return Text(pace(done / seconds, task.total - done).removeprefix(", "), style="cyan")
+        left = pace(done / seconds, task.total - task.completed).removeprefix(", ")
+        return Text(left, style="cyan")
 
 
 def pace(rate: float, rest: float) -> str:

@@ -157,6 +157,11 @@ class _Watch(TrainerCallback):
         """Seconds from the end of a save to the next."""
         self.started_at = self.saved_at = self.asked_at = time.monotonic()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            # what is there of a run that was killed
+            self.progress(state.global_step, state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps)

@@ -204,6 +204,19 @@ def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     assert lines[2].startswith("measurements: done in ")
 
 
+def test_the_pace_is_not_that_of_what_a_killed_run_had_done(monkeypatch):
+    """Worked by hand: 6 of 16 steps were there; two of the rest took 20 s."""
+    now = [100.0]
+    monkeypatch.setattr("flows.cli.progress.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    with StageProgress(console) as progress, progress.stage("model") as tell:
+        now[0] += 5  # until the model is loaded
+        tell(6, 16)
+        now[0] += 20
+        tell(8, 16)
+    assert "model: 8 of 16, 10.0 s each, 1 min 20 s left\n" in console.file.getvalue()
+
+
 def test_progress_in_a_terminal_leaves_nothing_behind():
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     with StageProgress(console) as progress, progress.stage("proxy") as tell:
