@@ -402,7 +402,11 @@ STUDIES: dict[str, Study] = {
                 SMOLLM2, within_hours(gsm8k(n_target=290, n_code=100, base=SMOLLM2.folder))
             )
         },
-        MAIN_ROWS | {"adaptations": ("heads",)},
+        ON_TEXT
+        | {
+            "scorers": ("head-filter", "head-activation", "tfidf", "rds-plus", "random"),
+            "adaptations": ("heads",),
+        },
         trained=True,
     ),
     "larger-base": Study(
