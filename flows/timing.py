@@ -53,6 +53,8 @@ def time_steps(run: Callable[[Progress], object], seconds: float) -> Steps:
     def tell(done: int, of: int) -> None:
         nonlocal steps
         steps = of
+        if not done:  # that it begins
+            return
         marks.append(time.perf_counter() - begin)
         if done == of or len(marks) < LEAST_STEPS:
             return
