@@ -37,8 +37,8 @@ Start with [bold]p2d demo[/bold]; then [bold]p2d config -o my.yaml[/bold], fill 
 
 INTERRUPTED = 130
 FIRST_LOOK = 50_000
-"""New objects after which Python looks for garbage; 700 by default, at which it goes through all
-that is imported nine times before a run has begun."""
+"""New objects after which Python looks for garbage; by default so few that it goes through all
+that is imported again and again before a run has begun."""
 GO_ON = "\nstopped. What was finished is kept: the same command goes on from there."
 
 app = typer.Typer(

@@ -192,5 +192,5 @@ def _summed(entries: Tensor, temperature: float, into: Tensor, *, shifted: bool)
     into.copy_(entries)
     if shifted:
         into.sub_(into.amax(1, keepdim=True))
-    # powers of two: exp_ goes by way of a library that is half as fast where the CPU is an AMD
+    # powers of two: exp_ goes by way of a library that is slow where the CPU is an AMD
     return into.mul_(LOG2_E / temperature).exp2_().sum(1, keepdim=True)
