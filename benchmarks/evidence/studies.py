@@ -99,39 +99,27 @@ class NotThere(Exception):
 
 @dataclass(frozen=True)
 class Base:
-    """A base that `examples/<name>.py` makes in `examples/<folder>`, and what it is trained with.
+    """A base that `examples/<script>.py` makes, and the learning rates that go with it.
 
-    Learning rates were set beforehand, lower than those of small bases; not searched for.
+    Lower than those of small bases, and but for SmolLM2's heads not searched for.
     """
 
     script: str
-    folder: str
-    rates: Mapping[str, Mapping[str, float]]
-    """Section -> settings."""
+    proxy: float
+    head_proxy: float
+    heads: float
+    full: float
+
+    @property
+    def folder(self) -> Path:
+        """Where the script puts it."""
+        return EXAMPLES / self.script.replace("_", "-")
 
 
-LARGER_BASE = Base(
-    "larger_base",
-    "larger-base",
-    {
-        "proxy": {"learning_rate": 3e-4},
-        "heads": {"proxy_learning_rate": 2e-3},
-        "training": {"learning_rate": 2e-3},
-        "arms": {"full_learning_rate": 5e-4},
-    },
-)
+LARGER_BASE = Base("larger_base", proxy=3e-4, head_proxy=2e-3, heads=2e-3, full=5e-4)
 """42 M parameters that know text and the world."""
-SMOLLM2 = Base(
-    "smollm2",
-    "smollm2",
-    {
-        "proxy": {"learning_rate": 1e-4},
-        "heads": {"proxy_learning_rate": 1e-3},
-        # the best of 3e-4, 1e-3 and 3e-3 in a run with seed 100
-        "training": {"learning_rate": 3e-3},
-        "arms": {"full_learning_rate": 1e-4},
-    },
-)
+# of the heads the best of 3e-4, 1e-3 and 3e-3 in a run with seed 100
+SMOLLM2 = Base("smollm2", proxy=1e-4, head_proxy=1e-3, heads=3e-3, full=1e-4)
 """135 M parameters, trained on 2e12 tokens."""
 
 
@@ -139,15 +127,15 @@ def based_on(base: Base, prepare: Prepare) -> Prepare:
     """The same with another base, in bfloat16."""
 
     def prepared(folder: Path, seed: int) -> RunSettings:
-        there = EXAMPLES / base.folder
-        if not there.exists():
-            raise NotThere(
-                f"there is no examples/{base.folder}; examples/{base.script}.py makes it"
-            )
+        if not base.folder.exists():
+            name = f"examples/{base.folder.name}"
+            raise NotThere(f"there is no {name}; examples/{base.script}.py makes it")
         values = prepare(folder, seed).model_dump(mode="json")
-        values |= {"base": str(there), "precision": "bfloat16"}
-        for section, rates in base.rates.items():
-            values[section] |= rates
+        values |= {"base": str(base.folder), "precision": "bfloat16"}
+        values["proxy"] |= {"learning_rate": base.proxy}
+        values["heads"] |= {"proxy_learning_rate": base.head_proxy}
+        values["training"] |= {"learning_rate": base.heads}
+        values["arms"] |= {"full_learning_rate": base.full}
         return RunSettings.model_validate(values)
 
     return prepared
@@ -399,7 +387,7 @@ STUDIES: dict[str, Study] = {
         "SmolLM2-135M-Instruct.",
         {
             "text": based_on(
-                SMOLLM2, within_hours(gsm8k(n_target=290, n_code=100, base=SMOLLM2.folder))
+                SMOLLM2, within_hours(gsm8k(n_target=290, n_code=100, base=SMOLLM2.folder.name))
             )
         },
         ON_TEXT
