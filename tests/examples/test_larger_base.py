@@ -1,8 +1,6 @@
 """The script that trains the larger base, with a small model and a few steps on the CPU."""
 
-import importlib
 import json
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -14,15 +12,10 @@ from p2d_core.samples.tokens import IGNORED_LABEL, Encoder, TextFormat
 from p2d_core.synthetic.skills import SKILLS, TARGET_SKILL
 from tests.examples.test_tiny_base import data  # noqa: F401
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
-def script():
-    """Imported by its name, under which other processes find what it gives them to do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("larger_base")
+def script(example):
+    return example("larger_base")
 
 
 @pytest.fixture(scope="module")

