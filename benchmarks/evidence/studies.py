@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.evidence.mistaken import write_mistaken
 from flows.demo import demo_settings
 from flows.presets import PRESETS
 from flows.settings import RunSettings, parse_settings
@@ -159,6 +160,28 @@ def gsm8k(*, n_target: int, n_code: int, base: str | None = None) -> Prepare:
         return parse_settings(values | {"seed": seed, "threads": 1}, GSM8K)
 
     return prepare
+
+
+def with_mistakes(prepare: Prepare, *, counts: tuple[int, int, int]) -> Prepare:
+    """The same where the corpus has so many samples of GSM8K, of GSM8K with the answers of other
+    questions, and of code."""
+
+    def prepared(folder: Path, seed: int) -> RunSettings:
+        settings = prepare(folder, seed)
+        values = settings.model_dump(mode="json")
+        target, corpus = write_mistaken(
+            folder,
+            Path(settings.target.path),
+            Path(settings.corpus.sources[0].path),
+            seed,
+            n_target=settings.proxy.samples + settings.proxy.held_out,
+            counts=counts,
+        )
+        values["target"] = {"path": str(target), "name": "gsm8k"}
+        values["corpus"] = {"sources": [{"path": str(corpus)}], "include_target": False}
+        return RunSettings.model_validate(values)
+
+    return prepared
 
 
 def within_hours(prepare: Prepare) -> Prepare:
@@ -394,6 +417,28 @@ STUDIES: dict[str, Study] = {
         | {
             "scorers": ("head-filter", "head-activation", "tfidf", "rds-plus", "random"),
             "adaptations": ("heads",),
+        },
+        trained=True,
+    ),
+    "smollm2-wrong": Study(
+        "The same base where a sixth of the corpus has answers of other questions, and a third is "
+        "code: which scorer chooses what is better to train on?",
+        {
+            "text": with_mistakes(
+                based_on(
+                    SMOLLM2, within_hours(gsm8k(n_target=90, n_code=1, base=SMOLLM2.folder.name))
+                ),
+                counts=(300, 100, 200),
+            )
+        },
+        {
+            "rankers": ("frobenius",),
+            "scorers": (
+                "head-filter", TWO_GATES, "loss-filter", "head-activation", "tfidf", "rds-plus",
+                "random",
+            ),
+            "adaptations": ("heads",),
+            "everything": False,
         },
         trained=True,
     ),
