@@ -107,7 +107,7 @@ def adapt_to(
         use_from_now_on(run, heads, "the first run that asked for one")
     scores = score_corpus(run, data, heads, inputs.scorer)
     subset = choose(run, data, scores)
-    models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, heads, subset)}
+    models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, data, heads, subset)}
     models |= other_arms(run, data, heads, scores)
     if head_proxy := run.ledger.last("head_proxy"):
         models["proxy"] = head_proxy

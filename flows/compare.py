@@ -26,8 +26,6 @@ from flows.scoring import score_corpus
 from flows.settings import RunSettings
 from flows.settings_compare import Choice
 from flows.stages import (
-    FULL,
-    NO_HEADS,
     Data,
     Run,
     choose,
@@ -36,6 +34,7 @@ from flows.stages import (
     find_heads,
     read_data,
     train,
+    train_full,
 )
 from p2d_core.adaptation.adaptations import adaptations
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, Plugins
@@ -43,7 +42,6 @@ from p2d_core.errors import InputError, P2DError
 from p2d_core.evaluation import metrics
 from p2d_core.store import ArtifactRef, Store
 from tasks.comparison import compare_arms
-from tasks.model import fine_tune
 from tasks.progress import progress_of
 from tasks.record import record_comparison
 from tasks.stage import BaseModel
@@ -233,16 +231,7 @@ class Seed:
     def everything(self) -> ArmRun:
         """Full fine-tuning on the whole corpus."""
         run = self.shared
-        self.full = fine_tune(
-            run.runtime,
-            run.inputs.base,
-            samples=self.data.corpus,
-            adaptation=FULL,
-            task_heads=NO_HEADS,
-            training=run.inputs.full_training,
-            heads=None,
-            arm="full",
-        )
+        self.full = train_full(run, self.data)
         done = self._measured(run, Arm(EVERYTHING, NONE, "full", 1.0), self.full)
         seconds = float(self.full.manifest.cost["wall_seconds"])
         return replace(done, aer=1.0, seconds={"model": seconds}, full_seconds=seconds)
@@ -254,7 +243,7 @@ class Seed:
         heads = find_heads(run, data.target) if arm.ranker != NONE else None
         scores = score_corpus(run, data, heads, inputs.scorer)
         subset = choose(run, data, scores)
-        model = train(run, heads, subset)
+        model = train(run, data, heads, subset)
         reference = cost_of_full(run, data, self.full)
         cold, _ = run.ledger.aer(reference)
         done = self._measured(run, arm, model)

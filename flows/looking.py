@@ -118,10 +118,10 @@ def look_up(
     scores = attempt("scores", lambda: score_corpus(run, data, heads, inputs.scorer))
     subset = choose(run, data, scores)
     models: dict[str, ArtifactRef | None] = {"base": None}
-    models["p2d"] = attempt("model", lambda: train(run, heads, subset))
+    models["p2d"] = attempt("model", lambda: train(run, data, heads, subset))
     if settings.arms.random:
         by_chance = choose_at_random(run, data, scores)
-        models["random"] = attempt("model", lambda: train(run, heads, by_chance, "random"))
+        models["random"] = attempt("model", lambda: train(run, data, heads, by_chance, "random"))
     full = train_full(run, data) if settings.arms.full == "measured" else None
     if full is not None:
         models["full"] = full

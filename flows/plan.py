@@ -214,17 +214,19 @@ class _Planner:
 
     def _models(self) -> Iterator[Call]:
         selection = self.inputs.selection
-        chosen = max(1, round(selection.fraction * self.corpus))
+        more = self.settings.n_proxy_trained_on
+        chosen = max(1, round(selection.fraction * self.corpus)) + more
 
         def train() -> Estimate:
             return self.rehearsal.training(self.rehearsal.chosen or self.data.drawn, chosen)
 
         def train_full() -> Estimate:
-            self.full = self.rehearsal.full()
+            self.full = self.rehearsal.full(self.corpus + more)
             return self.full
 
         def calibrate() -> Estimate:
-            spent, self.full = self.rehearsal.calibration(self.settings.arms.calibration_steps)
+            steps = self.settings.arms.calibration_steps
+            spent, self.full = self.rehearsal.calibration(steps, self.corpus + more)
             return spent
 
         yield "subset", lambda: self.rehearsal.selecting(selection, self.corpus)

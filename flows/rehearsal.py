@@ -260,21 +260,21 @@ class Rehearsal:
         self.base.rest(model)
         return self.base.load() + before.estimate + trained + kept.estimate
 
-    def full(self) -> Estimate:
-        """Full fine-tuning on the whole corpus, as it is run."""
+    def full(self, n: int) -> Estimate:
+        """Full fine-tuning on ``n`` samples, as it is run."""
         model = self.base.model("float32")
         Full().attach(model, attention_layers(model), None, self.inputs.base.folder)
-        trained = self._trained(model, self.data.drawn, self.data.corpus, self.inputs.full_training)
+        trained = self._trained(model, self.data.drawn, n, self.inputs.full_training)
         self.base.rest(model)
         return self.base.load() + trained
 
-    def calibration(self, steps: int) -> tuple[Estimate, Estimate]:
-        """What timing full fine-tuning takes, and what full fine-tuning is found to take."""
+    def calibration(self, steps: int, n: int) -> tuple[Estimate, Estimate]:
+        """What timing full fine-tuning takes, and what it is found to take on ``n`` samples."""
         model = self.base.model("float32")
         spec = replace(self.inputs.full_training, learning_rate=0.0)
         encoded, encoding = self._encoded(self.data.drawn, len(self.data.drawn))
         size = self._batch(spec.batch_size)
-        all_steps = spec.steps(self.data.corpus)
+        all_steps = spec.steps(n)
         if not size:
             step = self._unseen(BACKWARD * spec.batch_size)
             return self.base.load() + step.times(steps), step.times(all_steps)
@@ -285,14 +285,14 @@ class Rehearsal:
                 encoded,
                 replace(spec, batch_size=size),
                 pad_id=self.base.captured.pad_id,
-                n_corpus=self.data.corpus,
+                n_samples=n,
                 steps=steps,
                 mixed_precision=self._mixed,
                 gradient_checkpointing=self.runtime.gradient_checkpointing,
                 progress=tell,
             )
 
-        timed = self._steps(run, encoded, size, spec, self.data.corpus)
+        timed = self._steps(run, encoded, size, spec, n)
         self.base.rest(model)
         before = self.base.load() + Estimate(self.data.seconds_to_read) + encoding
         return before + timed.all, timed.step.times(all_steps)

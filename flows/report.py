@@ -77,6 +77,7 @@ def make_summary(
             parameters=facts["trainable"],
             share_of_model=facts["share_of_model"],
             share_of_attention=facts["share_of_attention"],
+            proxy_samples=facts["proxy_samples"],
         ),
         quality=_quality(settings.evaluation.metric, evaluations),
         harness=_harness(benchmarks),

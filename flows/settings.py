@@ -209,6 +209,8 @@ class TrainingSettings(Section):
     """heads, attention, full, or lora."""
     options: dict[str, Any] = {}
     """Settings of that adaptation, for instance {rank: 8} of lora."""
+    with_proxy: bool = True
+    """Train on the proxy samples too, in every arm: few, and surely of the target."""
     epochs: Positive = 3
     """Passes over the subset."""
     learning_rate: Positive = 3e-4
@@ -302,6 +304,11 @@ class RunSettings(Section):
     ray: RaySettings = RaySettings()
     skip_bad_rows: CountOrZero = 0
     """Rows of all data files that may be no samples; they are left out, with the reason kept."""
+
+    @property
+    def n_proxy_trained_on(self) -> int:
+        """Proxy samples that every arm sees in training beside its own."""
+        return self.proxy.samples if self.training.with_proxy else 0
 
     @model_validator(mode="before")
     @classmethod

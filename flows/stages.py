@@ -188,7 +188,7 @@ def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
 
 
 def train(
-    run: Run, heads: ArtifactRef | None, subset: ArtifactRef, arm: str = "p2d"
+    run: Run, data: Data, heads: ArtifactRef | None, subset: ArtifactRef, arm: str = "p2d"
 ) -> ArtifactRef:
     """Fine-tuning with the chosen adaptation; ``heads`` may be None for one that needs none."""
     looked_at = heads if run.inputs.adaptation_needs_heads else None
@@ -201,6 +201,7 @@ def train(
             task_heads=task_heads_of(looked_at),
             training=run.inputs.training,
             heads=looked_at,
+            target=data.target if run.settings.n_proxy_trained_on else None,
             arm=arm,
         )
         made.append(model)
@@ -213,7 +214,7 @@ def other_arms(
     """What P2D is held against: random data of the same size, and everything."""
     arms = {}
     if run.settings.arms.random:
-        arms["random"] = train(run, heads, choose_at_random(run, data, scores), "random")
+        arms["random"] = train(run, data, heads, choose_at_random(run, data, scores), "random")
     if run.settings.arms.full == "measured":
         arms["full"] = train_full(run, data)
     return arms
@@ -239,6 +240,7 @@ def train_full(run: Run, data: Data) -> ArtifactRef:
             task_heads=NO_HEADS,
             training=run.inputs.full_training,
             heads=None,
+            target=data.target if run.settings.n_proxy_trained_on else None,
             arm="full",
         )
         made.append(full)
@@ -256,6 +258,7 @@ def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
             data.corpus,
             training=run.inputs.full_training,
             steps=run.settings.arms.calibration_steps,
+            n_more=run.settings.n_proxy_trained_on,
             machine=_machine(run.runtime),
         )
         made.append(calibrated)

@@ -22,7 +22,7 @@ from tasks.elsewhere import as_it_is
 from tasks.heads import head_map_in
 from tasks.progress import progress_of
 from tasks.room import of_model
-from tasks.samples import all_samples
+from tasks.samples import all_samples, target_part
 from tasks.stage import BaseModel, Plugin, Runtime, stage
 from tasks.together import together
 
@@ -30,7 +30,7 @@ REFERENCE = "reference.json"
 
 
 @stage(
-    "model", version="2", outside_key=("heads", "arm"), room=of_model, sent=as_it_is, together=True
+    "model", version="3", outside_key=("heads", "arm"), room=of_model, sent=as_it_is, together=True
 )
 def fine_tune(
     making: Making,
@@ -41,9 +41,11 @@ def fine_tune(
     task_heads: tuple[tuple[int, int], ...],
     training: TrainingSpec,
     heads: ArtifactRef | None,
+    target: ArtifactRef | None,
     arm: str,
 ) -> None:
-    """Trains on a subset (or a whole corpus); keeps what moved and the loss curve."""
+    """Trains on a subset (or a whole corpus), and on the proxy samples of ``target`` if it is
+    given; keeps what moved and the loss curve."""
     # seconds to import, and a run that reuses everything does without
     from p2d_core.adaptation.training import train, write_curve
 
@@ -59,7 +61,8 @@ def fine_tune(
     head_map = head_map_in(heads) if heads is not None else None
     attached = plugin.attach(model, layers, head_map, base.folder)
     trainable = n_trainable(attached.model)
-    encoded = captured.encode(samples_in(samples))
+    proxy = target_part(target, "proxy") if target is not None else []
+    encoded = captured.encode([*samples_in(samples), *proxy])
     processes = together(runtime.parallel)
     with progress_of(f"model ({arm})") as progress:
         result = train(
@@ -83,6 +86,7 @@ def fine_tune(
     making.facts |= {
         "adaptation": adaptation.name,
         "steps": result.steps,
+        "proxy_samples": len(proxy),
         "trainable": trainable,
         "share_of_model": trainable / in_model,
         "share_of_attention": trainable / in_attention,
@@ -97,9 +101,10 @@ def calibrate(
     corpus: ArtifactRef,
     training: TrainingSpec,
     steps: int,
+    n_more: int,
     machine: str,
 ) -> None:
-    """The seconds of full fine-tuning on the whole corpus, from some of its steps.
+    """The seconds of full fine-tuning on the whole corpus and ``n_more`` samples, from some steps.
 
     ``machine`` is in the key: the same corpus takes another time on another machine.
     """
@@ -118,7 +123,7 @@ def calibrate(
             encoded,
             training,
             pad_id=captured.pad_id,
-            n_corpus=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]),
+            n_samples=sum(shard["rows"] for shard in corpus.manifest.facts["shards"]) + n_more,
             steps=steps,
             mixed_precision=base.precision == "bfloat16",
             gradient_checkpointing=runtime.gradient_checkpointing,

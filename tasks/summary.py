@@ -98,6 +98,8 @@ class TrainableSummary(BaseModel):
     parameters: int
     share_of_model: float
     share_of_attention: float
+    proxy_samples: int = 0
+    """That every arm was trained on beside its own samples."""
 
 
 class QualitySummary(BaseModel):

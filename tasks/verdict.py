@@ -44,6 +44,10 @@ def verdict(summary: Summary) -> list[tuple[str, str]]:
         )
         if getattr(quality, arm) is not None
     ]
+    if n_proxy := summary.trainable.proxy_samples:
+        sentences.append(
+            (f"Every arm that was trained saw the {n_proxy:,} proxy samples too.", "dim")
+        )
     if quality.samples:
         noise = "One run on {n} evaluation samples: small differences can be chance."
         sentences.append((noise.format(n=f"{quality.samples:,}"), "dim"))

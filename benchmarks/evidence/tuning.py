@@ -149,7 +149,7 @@ def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Tr
         changed["training"] = {**changed.get("training", {}), "learning_rate": rate}
         run = world.run_of(changed)
         heads = find_heads(run, data.target) if run.inputs.adaptation_needs_heads else None
-        model = train(run, heads, subset)
+        model = train(run, data, heads, subset)
         validation = evaluate(run, watched, variant.name, model)["target"]
         spent += _seconds(model) + _seconds(validation)
         tried.append((_quality(validation, run), rate, model, run))

@@ -28,7 +28,7 @@ def calibrate_full(
     spec: TrainingSpec,
     *,
     pad_id: int,
-    n_corpus: int,
+    n_samples: int,
     steps: int,
     mixed_precision: bool = False,
     gradient_checkpointing: bool = False,
@@ -43,7 +43,7 @@ def calibrate_full(
     Args:
         encoded: a random draw of the corpus, at least a batch; used in order (or as batches of like
             length), again and again.
-        n_corpus: samples in the corpus; with epochs and batch size it gives the number of steps.
+        n_samples: that are trained on; with epochs and batch size they give the number of steps.
         steps: how many steps are timed, after `UNTIMED_STEPS` that are not.
         mixed_precision: bfloat16 in the passes, as training has it for a base in bfloat16.
         gradient_checkpointing: as training has it.
@@ -60,7 +60,7 @@ def calibrate_full(
     order = list(range(len(encoded)))
     if spec.group_by_length:
         lengths = [len(sample) for sample in encoded]
-        order = like_length(lengths, spec.batch_size, spec.seed, n_corpus)
+        order = like_length(lengths, spec.batch_size, spec.seed, n_samples)
     device = next(model.parameters()).device
     model.requires_grad_(True).train()
     if gradient_checkpointing:
@@ -92,6 +92,6 @@ def calibrate_full(
     if gradient_checkpointing:
         model.activation_checkpointing_disable()
     timed = seconds[UNTIMED_STEPS:]
-    total = spec.steps(n_corpus)
+    total = spec.steps(n_samples)
     error = statistics.stdev(timed) / math.sqrt(len(timed)) if len(timed) > 1 else 0.0
     return Reference("calibrated", statistics.fmean(timed) * total, error * total)

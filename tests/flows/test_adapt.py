@@ -16,6 +16,7 @@ from p2d_core.errors import ArtifactError, HeadMapError
 from p2d_core.store import Store
 from p2d_core.synthetic.world import BASE_FOLDER
 from tasks.summary import Summary
+from tasks.verdict import verdict
 from tests.job import Job
 
 MADE_FROM_SCRATCH = [
@@ -127,6 +128,28 @@ def test_an_aer_of_several_machines_says_so(job, monkeypatch):
     assert again.aer.machines == sorted(["Abacus 3000", machine_name()])
     assert "of several machines (" in again.aer.caveat
     assert "Abacus 3000" in again.aer.caveat
+
+
+def test_every_arm_is_trained_on_the_proxy_samples_too_unless_told_not_to(job):
+    arms = {"random": True, "full": "measured"}
+    told, without = (job.run(training={"with_proxy": so}, arms=arms) for so in (True, False))
+    store = Store(job.store)
+    for arm, chosen in (("model", 120), ("model_random", 120), ("model_full", 1200)):
+        seen = [store.resolve(each.artifacts[arm]).manifest for each in (told, without)]
+        assert [manifest.cost["samples"] for manifest in seen] == [chosen + 20, chosen]
+        assert [manifest.facts["proxy_samples"] for manifest in seen] == [20, 0]
+    assert [each.trainable.proxy_samples for each in (told, without)] == [20, 0]
+    words = [" ".join(sentence for sentence, _ in verdict(each)) for each in (told, without)]
+    assert ["saw the 20 proxy samples too" in said for said in words] == [True, False]
+    assert without.selection.selected == told.selection.selected == 120
+
+
+def test_full_fine_tuning_is_reckoned_with_the_proxy_samples_too(job):
+    def n_more(summary):
+        return Store(job.store).resolve(summary.artifacts["reference"]).manifest.settings["n_more"]
+
+    assert n_more(job.first) == 20
+    assert n_more(job.run(training={"with_proxy": False})) == 0
 
 
 def test_another_budget_recomputes_from_the_subset_on(job):

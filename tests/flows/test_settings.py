@@ -136,6 +136,7 @@ CHANGES = [
     ("selection", {"where": "n_tokens < 200"}),
     ("skip_bad_rows", 3),
     ("training", {"adaptation": "full"}),
+    ("training", {"with_proxy": False}),
     ("training", {"epochs": 9}),
     ("training", {"learning_rate": 1}),
     ("training", {"batch_size": 3}),
@@ -165,6 +166,7 @@ def test_a_changed_setting_reaches_the_stages(world, section, change):
         direct = (
             settings.name, settings.proxy.samples, settings.proxy.held_out,
             settings.evaluation.samples, settings.heads.include_kv, settings.heads.average_over,
+            settings.n_proxy_trained_on,
         )  # fmt: skip
         return inputs, make_runtime(settings, world, "run"), direct
 

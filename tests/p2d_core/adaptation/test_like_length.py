@@ -108,10 +108,10 @@ def test_a_run_that_goes_on_ends_the_same(tmp_path):
 def test_full_fine_tuning_is_timed_on_such_steps(tmp_path):
     """Padded as those of the whole corpus, of which more are sorted together."""
 
-    def padded(n_corpus):
+    def padded(n_samples):
         samples = mixed()
         steps = 16 - UNTIMED_STEPS
-        calibrate_full(tiny_llama(), samples, SPEC, pad_id=0, n_corpus=n_corpus, steps=steps)
+        calibrate_full(tiny_llama(), samples, SPEC, pad_id=0, n_samples=n_samples, steps=steps)
         return padding(samples.lengths)
 
     assert padded(10_000) < 0.05 < padded(64) < 0.2

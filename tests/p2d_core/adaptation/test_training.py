@@ -235,7 +235,7 @@ def test_checkpoints_hold_only_what_moves(tmp_path):
 
 def test_calibration_scales_a_step_to_the_whole_corpus():
     spec = TrainingSpec(epochs=3, learning_rate=1e-3, batch_size=4)
-    ten = calibrate_full(tiny_llama(), encoded(), spec, pad_id=0, n_corpus=1000, steps=10)
+    ten = calibrate_full(tiny_llama(), encoded(), spec, pad_id=0, n_samples=1000, steps=10)
     assert ten.kind == "calibrated"
     assert ten.seconds > 0
     assert ten.spread_seconds > 0
@@ -316,7 +316,7 @@ def test_a_calibrated_step_has_the_optimizer_of_training(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.optim.AdamW, "__init__", seen)
     model = tiny_llama()
     spec = TrainingSpec(epochs=1, learning_rate=1e-3, batch_size=4, seed=0)
-    calibrate_full(model, encoded(), spec, pad_id=0, n_corpus=8, steps=1)
+    calibrate_full(model, encoded(), spec, pad_id=0, n_samples=8, steps=1)
     train(model, encoded(), spec, pad_id=0, scratch=tmp_path)
     of_calibration, of_training = made
     assert set(of_calibration) == set(of_training) == {True}
