@@ -10,7 +10,9 @@ from typing import Any
 
 from flows.hub import base_folder
 from flows.settings import RunSettings, SourceSettings
+from flows.settings_base import Rate
 from p2d_core.adaptation.adaptations import adaptations
+from p2d_core.adaptation.rates import START
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError, SettingsError
@@ -46,7 +48,7 @@ ROWS_READ_OF_MORE = 10_000
 
 @dataclass(frozen=True)
 class Inputs:
-    """Settings as the stages take them."""
+    """Settings as the stages take them; a learning rate that is yet to be found is `START`."""
 
     base: BaseModel
     target: SourceInput
@@ -116,10 +118,11 @@ def check_inputs(
         return SourceInput.of(_spec(given))
 
     def trained(
-        epochs: float, learning_rate: float, batch_size: int, group_by_length: bool = False
+        epochs: float, learning_rate: Rate, batch_size: int, group_by_length: bool = False
     ) -> TrainingSpec:
+        rate = START if learning_rate == "auto" else learning_rate
         return TrainingSpec(
-            epochs, learning_rate, batch_size, training.warmup, settings.seed, group_by_length
+            epochs, rate, batch_size, training.warmup, settings.seed, group_by_length
         )
 
     base = like.base if like else BaseModel.of(folder, settings.precision, text, hub)

@@ -15,6 +15,7 @@ TERM_OF_STAGE = {
     "proxy": "proxy",
     "heads": "heads",
     "head_proxy": "heads",
+    "rate": "model",
     "measurements": "scores",
     "scores": "scores",
     "subset": "subset",

@@ -64,7 +64,8 @@ class Found:
             return REUSED
         if refs and all(ref.key for ref in missing):
             return NEW if len(missing) == len(refs) else PARTLY
-        kind = "model" if stage.startswith("model_") else stage.removesuffix("_random")
+        kind = next((k for k in ("model", "rate") if stage.startswith(k)), None)
+        kind = kind or stage.removesuffix("_random")
         waits_for = missing[0].waits_for if missing else self.waits_for
         return f"unknown until {waits_for} is made" if kind in self.kinds else NEW
 
@@ -122,9 +123,9 @@ def look_up(
     if settings.arms.random:
         by_chance = choose_at_random(run, data, scores)
         models["random"] = attempt("model", lambda: train(run, data, heads, by_chance, "random"))
-    full = train_full(run, data) if settings.arms.full == "measured" else None
-    if full is not None:
-        models["full"] = full
+    full = None
+    if settings.arms.full == "measured":
+        models["full"] = full = attempt("model", lambda: train_full(run, data))
     if uses_head_proxy(inputs):
         tuned = run.ledger.last("head_proxy")
         models["proxy"] = tuned or NotMade(stage="head_proxy", waits_for=waits_for[0])

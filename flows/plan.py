@@ -50,7 +50,8 @@ READING_SHARE = 0.25
 RUNS_LOOKED_AT = 5
 """For what starting and looking up take."""
 
-HEADS = Plugin.of("heads", Heads())
+RATES = 4
+"""Learning rates that are tried, about."""
 
 Call = tuple[str, Callable[[], Estimate]]
 """A stage as the run calls it, and what is asked for if it has to be made."""
@@ -123,6 +124,17 @@ class _Planner:
         return sum(shard["rows"] for shard in made.manifest.facts["shards"])
 
     @property
+    def by_heads(self) -> Plugin:
+        """What head_proxy is tuned by."""
+        return Plugin.of("heads", Heads(self.settings.heads.include_kv))
+
+    @property
+    def found_for_head_proxy(self) -> bool:
+        """The rate that training asks for is the one that head_proxy asks for."""
+        asks = self.settings.heads.proxy_learning_rate == "auto" and uses_head_proxy(self.inputs)
+        return asks and self.inputs.adaptation == self.by_heads
+
+    @property
     def rehearsal(self) -> Rehearsal:
         """Made when something has to be timed."""
         if self._rehearsal is None:
@@ -186,13 +198,16 @@ class _Planner:
         tuned = False
         for step in range(n_steps(self.inputs.scorer)):
             if not tuned and scorer_step(self.inputs.scorer, step).scorer.needs_head_proxy:
-                yield "head_proxy", self._head_proxy
+                if self.settings.heads.proxy_learning_rate == "auto":
+                    yield "rate", partial(self._searching, self.by_heads)
+                yield "head_proxy", lambda: self.rehearsal.tuning(self.by_heads)
                 tuned = True
             yield "measurements", partial(self._measuring, step)
             yield "scores", partial(self._scored, step)
 
-    def _head_proxy(self) -> Estimate:
-        return self.rehearsal.head_proxy(self.settings.heads.include_kv)
+    def _searching(self, adaptation: Plugin) -> Estimate:
+        """The search for a learning rate."""
+        return self.rehearsal.tuning(adaptation).times(RATES)
 
     def _measuring(self, step: int) -> Estimate:
         if step == 0:
@@ -230,12 +245,16 @@ class _Planner:
             return spent
 
         yield "subset", lambda: self.rehearsal.selecting(selection, self.corpus)
+        if self.settings.training.learning_rate == "auto" and not self.found_for_head_proxy:
+            yield "rate", partial(self._searching, self.inputs.adaptation)
         yield "model", train
         if self.settings.arms.random:
             by_chance = replace(selection, at_random=True)
             yield "subset_random", lambda: self.rehearsal.selecting(by_chance, self.corpus)
             yield "model_random", lambda: self.rehearsal.training(self.data.drawn, chosen)
         if self.settings.arms.full == "measured":
+            if self.settings.arms.full_learning_rate == "auto":
+                yield "rate_full", partial(self._searching, FULL)
             yield "model_full", train_full
         else:
             yield "reference", calibrate
@@ -365,7 +384,9 @@ class _Planner:
         adapted = of_model(base, self.inputs.adaptation, heads)
         room = {
             "proxy": of_attention(base),
-            "head_proxy": of_model(base, HEADS, heads),
+            "rate": adapted,
+            "rate_full": of_model(base, FULL, NO_HEADS),
+            "head_proxy": of_model(base, self.by_heads, heads),
             "model": adapted,
             "model_random": adapted,
             "model_full": of_model(base, FULL, NO_HEADS),

@@ -18,6 +18,7 @@ from flows.loaded import LoadedBase
 from flows.preview import Preview
 from flows.timing import FIRST, LEAST_STEPS, Budget, stopwatch, time_parts, time_steps
 from p2d_core.adaptation.adaptations import (
+    Attached,
     Attention,
     Full,
     adaptations,
@@ -26,7 +27,6 @@ from p2d_core.adaptation.adaptations import (
 )
 from p2d_core.adaptation.calibration import calibrate_full
 from p2d_core.adaptation.like_length import like_length
-from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import Target
 from p2d_core.affinity.measuring import MEASURED, MeasuredCorpus, measure_shard
@@ -46,7 +46,7 @@ from p2d_core.samples.tokens import EncodedSample
 from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.subset import SUBSET, select_subset
 from tasks.measurements import NO_TARGET, scorer_step
-from tasks.stage import Runtime
+from tasks.stage import Plugin, Runtime
 
 BACKWARD = 3
 """A training step over a forward pass."""
@@ -141,18 +141,12 @@ class Rehearsal:
             draw(self.head_map, self.folder / "heads.png", self.inputs.ranker.name)
         return drawn.estimate
 
-    def head_proxy(self, include_kv: bool) -> Estimate:
-        """The task heads alone, tuned on the proxy set."""
-        model = self.base.model(self.inputs.base.precision)
-        with stopwatch() as before:
-            heads = self.head_map.task_heads
-            deltas = attach_head_deltas(
-                model, attention_layers(model), heads, include_kv=include_kv
-            )
-        tuned = self._tuned(model, self.inputs.head_proxy_training)
-        deltas.detach(merge=False)
-        self.base.rest(model)
-        return self.base.load() + before.estimate + tuned
+    def tuning(self, adaptation: Plugin) -> Estimate:
+        """An adaptation on the proxy set, as head_proxy and each rate of a search have it."""
+        model, attached, before = self._attached(adaptation)
+        tuned = self._tuned(attached.model, self.inputs.head_proxy_training)
+        kept = self._kept(model, attached, self.folder / "tuned")
+        return self.base.load() + before + tuned + kept
 
     def measuring(self, step: int, rows: float) -> Estimate:
         """``rows`` samples, in shards, in one step of the scorer."""
@@ -245,20 +239,29 @@ class Rehearsal:
 
     def training(self, chosen: Sequence[Sample], n: int) -> Estimate:
         """The adaptation on ``n`` samples, of which ``chosen`` are some."""
-        plugin = adaptations.make(self.inputs.adaptation.name, self.inputs.adaptation.options)
-        model = self.base.model("float32" if plugin.moves_weights else self.inputs.base.precision)
-        heads = self.head_map if plugin.needs_heads else None
-        with stopwatch() as before:
-            attached = plugin.attach(model, attention_layers(model), heads, self.inputs.base.folder)
+        model, attached, before = self._attached(self.inputs.adaptation)
         trained = self._trained(attached.model, chosen, n, self.inputs.training)
         self.kept = self.folder / "kept"
-        self.kept.mkdir(exist_ok=True)
-        with stopwatch() as kept:
-            attached.keep(self.kept)
+        kept = self._kept(model, attached, self.kept)
+        return self.base.load() + before + trained + kept
+
+    def _attached(self, adaptation: Plugin) -> tuple[Any, Attached, Estimate]:
+        plugin = adaptations.make(adaptation.name, adaptation.options)
+        model = self.base.model("float32" if plugin.moves_weights else self.inputs.base.precision)
+        heads = self.head_map if plugin.needs_heads else None
+        with stopwatch() as attaching:
+            attached = plugin.attach(model, attention_layers(model), heads, self.inputs.base.folder)
+        return model, attached, attaching.estimate
+
+    def _kept(self, model: Any, attached: Attached, folder: Path) -> Estimate:
+        """Keeping what moved, after which the model is as it was."""
+        folder.mkdir(exist_ok=True)
+        with stopwatch() as keeping:
+            attached.keep(folder)
         if attached.model is not model:
             self.base.forget()
         self.base.rest(model)
-        return self.base.load() + before.estimate + trained + kept.estimate
+        return keeping.estimate
 
     def full(self, n: int) -> Estimate:
         """Full fine-tuning on ``n`` samples, as it is run."""

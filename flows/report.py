@@ -78,6 +78,10 @@ def make_summary(
             share_of_model=facts["share_of_model"],
             share_of_attention=facts["share_of_attention"],
             proxy_samples=facts["proxy_samples"],
+            learning_rate=facts["learning_rate"],
+            rates_tried=dict(last["rate"].manifest.facts["tried"])
+            if settings.training.learning_rate == "auto"
+            else {},
         ),
         quality=_quality(settings.evaluation.metric, evaluations),
         harness=_harness(benchmarks),

@@ -12,7 +12,8 @@ from prefect import unmapped
 from flows.engine import on_all_workers
 from flows.inputs import Inputs
 from flows.settings import RunSettings
-from flows.stages import Data, Run, task_heads_of
+from flows.stages import Data, Run, task_heads_of, with_rate
+from p2d_core.adaptation.adaptations import Heads
 from p2d_core.affinity import TakesOver
 from p2d_core.affinity.tried import first_share, next_share
 from p2d_core.store import ArtifactRef
@@ -168,14 +169,19 @@ def measure_corpus(
 def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
     """The task heads alone, tuned on the proxy set."""
     assert heads is not None
+    settings, inputs = run.settings.heads, run.inputs
+    by_heads = Plugin.of("heads", Heads(settings.include_kv))
+    training = with_rate(
+        run, data, heads, by_heads, inputs.head_proxy_training, settings.proxy_learning_rate
+    )
     with run.ledger.stage("head_proxy") as made:
         head_proxy = head_proxy_run(
             run.runtime,
-            run.inputs.base,
+            inputs.base,
             heads=heads,
             target=data.target,
-            include_kv=run.settings.heads.include_kv,
-            training=run.inputs.head_proxy_training,
+            include_kv=settings.include_kv,
+            training=training,
         )
         made.append(head_proxy)
     return head_proxy

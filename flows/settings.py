@@ -16,6 +16,7 @@ from flows.settings_base import (
     CountOrZero,
     Positive,
     PositiveOrZero,
+    Rate,
     Section,
     Share,
     ShareOrZero,
@@ -166,8 +167,8 @@ class HeadsSettings(Section):
     """Tune the K and V projections of the task heads' groups too."""
     proxy_epochs: Positive = 3
     """Passes over the proxy samples when the task heads alone are tuned (head_proxy)."""
-    proxy_learning_rate: Positive = 3e-4
-    """Peak learning rate of that tuning."""
+    proxy_learning_rate: Rate = "auto"
+    """Peak learning rate of that tuning; auto: found as that of training."""
 
 
 class ScoringSettings(Section):
@@ -213,8 +214,8 @@ class TrainingSettings(Section):
     """Train on the proxy samples too, in every arm: few, and surely of the target."""
     epochs: Positive = 3
     """Passes over the subset."""
-    learning_rate: Positive = 3e-4
-    """Peak learning rate of AdamW; heads take 2.5 to 5 times that of all parameters."""
+    learning_rate: Rate = "auto"
+    """Peak of AdamW's; auto: of 1e-3, 3e-3 and so on that by which held-out samples fare best."""
     batch_size: Count = 8
     """Samples in a step."""
     group_by_length: bool = False
@@ -236,8 +237,8 @@ class ArmsSettings(Section):
     """Also train on a random subset of the same size, with the same heads."""
     full: Literal["measured", "calibrated"] = "calibrated"
     """Full fine-tuning on the whole corpus: run it, or time some of its steps."""
-    full_learning_rate: Positive = 1e-4
-    """Peak learning rate of full fine-tuning."""
+    full_learning_rate: Rate = "auto"
+    """Peak learning rate of full fine-tuning; auto: found as that of training, where it is run."""
     calibration_steps: Annotated[int, Field(ge=4)] = 12
     """Steps that are timed when full is calibrated, after 3 that are not."""
 

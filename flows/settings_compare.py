@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flows.settings_base import CountOrZero, Positive, Section, Share
+from flows.settings_base import CountOrZero, Rate, Section, Share
 
 
 class Choice(Section):
@@ -18,7 +18,7 @@ class Choice(Section):
     """Its settings; if it is the run's own choice those of the run, unless it is given some."""
     label: str = ""
     """What it is called in the comparison; its name if empty."""
-    learning_rate: Positive | None = None
+    learning_rate: Rate | None = None
     """Adaptations only: peak learning rate; that of the run (full: of arms) if empty."""
     fraction: Share | None = None
     """Rankers only: share of all query heads that become task heads; that of the run if empty."""

@@ -12,7 +12,10 @@ import torch
 from flows.inputs import Inputs
 from flows.ledger import Ledger
 from flows.settings import RunSettings
+from flows.settings_base import Rate
 from p2d_core.adaptation.adaptations import Full
+from p2d_core.adaptation.rates import START
+from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.heads.ranking import rankers
 from p2d_core.store import ArtifactRef, Store
@@ -23,6 +26,7 @@ from tasks.harness import run_harness
 from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.proxy import proxy_run
+from tasks.rate import find_rate
 from tasks.samples import (
     assemble,
     read_source,
@@ -187,21 +191,54 @@ def choose(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
     return subset
 
 
+def with_rate(
+    run: Run,
+    data: Data,
+    heads: ArtifactRef | None,
+    adaptation: Plugin,
+    training: TrainingSpec,
+    asked: Rate,
+    stage: str = "rate",
+) -> TrainingSpec:
+    """The training with the rate that it has, or, if ``asked`` for auto, with the best one.
+
+    That is found with as many steps as the task heads are tuned for on the proxy set.
+    """
+    if asked != "auto":
+        return training
+    with run.ledger.stage(stage) as made:
+        found = find_rate(
+            run.runtime,
+            run.inputs.base,
+            target=data.target,
+            adaptation=adaptation,
+            task_heads=task_heads_of(heads),
+            training=replace(run.inputs.head_proxy_training, learning_rate=START),
+            heads=heads,
+        )
+        made.append(found)
+    return replace(training, learning_rate=found.manifest.facts["learning_rate"])
+
+
 def train(
     run: Run, data: Data, heads: ArtifactRef | None, subset: ArtifactRef, arm: str = "p2d"
 ) -> ArtifactRef:
     """Fine-tuning with the chosen adaptation; ``heads`` may be None for one that needs none."""
-    looked_at = heads if run.inputs.adaptation_needs_heads else None
+    inputs, settings = run.inputs, run.settings
+    looked_at = heads if inputs.adaptation_needs_heads else None
+    training = with_rate(
+        run, data, looked_at, inputs.adaptation, inputs.training, settings.training.learning_rate
+    )
     with run.ledger.stage("model" if arm == "p2d" else f"model_{arm}") as made:
         model = fine_tune(
             run.runtime,
-            run.inputs.base,
+            inputs.base,
             samples=subset,
-            adaptation=run.inputs.adaptation,
+            adaptation=inputs.adaptation,
             task_heads=task_heads_of(looked_at),
-            training=run.inputs.training,
+            training=training,
             heads=looked_at,
-            target=data.target if run.settings.n_proxy_trained_on else None,
+            target=data.target if settings.n_proxy_trained_on else None,
             arm=arm,
         )
         made.append(model)
@@ -231,16 +268,19 @@ def choose_at_random(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
 
 def train_full(run: Run, data: Data) -> ArtifactRef:
     """Full fine-tuning on the whole corpus."""
+    inputs, settings = run.inputs, run.settings
+    asked = settings.arms.full_learning_rate
+    training = with_rate(run, data, None, FULL, inputs.full_training, asked, "rate_full")
     with run.ledger.stage("model_full") as made:
         full = fine_tune(
             run.runtime,
-            run.inputs.base,
+            inputs.base,
             samples=data.corpus,
             adaptation=FULL,
             task_heads=NO_HEADS,
-            training=run.inputs.full_training,
+            training=training,
             heads=None,
-            target=data.target if run.settings.n_proxy_trained_on else None,
+            target=data.target if settings.n_proxy_trained_on else None,
             arm="full",
         )
         made.append(full)
@@ -256,7 +296,8 @@ def cost_of_full(run: Run, data: Data, full: ArtifactRef | None) -> Reference:
             run.runtime,
             run.inputs.base,
             data.corpus,
-            training=run.inputs.full_training,
+            # nothing is learnt, and another rate takes no other time
+            training=replace(run.inputs.full_training, learning_rate=0.0),
             steps=run.settings.arms.calibration_steps,
             n_more=run.settings.n_proxy_trained_on,
             machine=_machine(run.runtime),

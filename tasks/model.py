@@ -87,6 +87,7 @@ def fine_tune(
         "adaptation": adaptation.name,
         "steps": result.steps,
         "proxy_samples": len(proxy),
+        "learning_rate": training.learning_rate,
         "trainable": trainable,
         "share_of_model": trainable / in_model,
         "share_of_attention": trainable / in_attention,

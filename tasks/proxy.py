@@ -78,7 +78,7 @@ def _tune(
     encoded = captured.encode(target_part(target, "proxy"))
     processes = together(runtime.parallel)
     held_out = captured.encode(target_part(target, "held_out"))
-    before = _mean_loss(captured, model, held_out) if processes.first else 0.0
+    before = mean_loss(captured, model, held_out) if processes.first else 0.0
     with progress_of(name) as progress:
         result = train(
             model,
@@ -95,7 +95,7 @@ def _tune(
     if not processes.first:
         return False
     making.seconds_before = result.seconds_before
-    after = _mean_loss(captured, model, held_out)
+    after = mean_loss(captured, model, held_out)
     result.curve[-1]["eval_loss"] = after
     start = {"step": 0.0, "epoch": 0.0, "eval_loss": before}
     write_curve([start, *result.curve], making.folder)
@@ -106,7 +106,8 @@ def _tune(
     return True
 
 
-def _mean_loss(
+def mean_loss(
     captured: CapturedModel, model: torch.nn.Module, encoded: list[EncodedSample]
 ) -> float:
+    """Of the samples' own mean losses, in nats a response token."""
     return float(captured.losses_of(model, encoded).mean())

@@ -75,12 +75,12 @@ class NotMade(ArtifactRef):
     @property
     def path(self) -> Path:
         """Raises NotMadeError."""
-        raise NotMadeError(self.stage)
+        raise NotMadeError(self.waits_for or self.stage)
 
     @property
     def manifest(self) -> Manifest:
         """Raises NotMadeError."""
-        raise NotMadeError(self.stage)
+        raise NotMadeError(self.waits_for or self.stage)
 
 
 class StageTask(Task[..., ArtifactRef]):

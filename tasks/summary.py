@@ -100,6 +100,21 @@ class TrainableSummary(BaseModel):
     share_of_attention: float
     proxy_samples: int = 0
     """That every arm was trained on beside its own samples."""
+    learning_rate: float = 0.0
+    """Peak; 0 in runs that did not keep it."""
+    rates_tried: dict[str, float | None] = {}
+    """Learning rate -> loss on held-out proxy samples, None where training ran away; empty if the
+    rate was given."""
+
+    @property
+    def rate_text(self) -> str:
+        """Such as 0.003 (held-out proxy samples: loss 0.39 at 0.001, 0.07 at 0.003)."""
+        rate = f"{self.learning_rate:g}"
+        tried = ", ".join(
+            f"none at {each}" if loss is None else f"{loss:.3g} at {each}"
+            for each, loss in self.rates_tried.items()
+        )
+        return f"{rate} (held-out proxy samples: loss {tried})" if tried else rate
 
 
 class QualitySummary(BaseModel):

@@ -111,7 +111,8 @@ def serve() -> None:
     # where the stages are that can be asked for
     import tasks.measurements
     import tasks.model
-    import tasks.proxy  # noqa: F401
+    import tasks.proxy
+    import tasks.rate  # noqa: F401
 
     for work, job in asked():
         try:

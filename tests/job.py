@@ -29,9 +29,14 @@ SETTINGS: dict[str, Any] = {
     },
     "evaluation": {"source": {"path": "evaluation.jsonl"}},
     "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
-    "heads": {"ranker": "frobenius", "proxy_epochs": 1},
-    "training": {"epochs": 1},
-    "arms": {"random": False, "full": "calibrated", "calibration_steps": 4},
+    "heads": {"ranker": "frobenius", "proxy_epochs": 1, "proxy_learning_rate": 1e-3},
+    "training": {"epochs": 1, "learning_rate": 1e-3},
+    "arms": {
+        "random": False,
+        "full": "calibrated",
+        "calibration_steps": 4,
+        "full_learning_rate": 1e-3,
+    },
 }
 
 

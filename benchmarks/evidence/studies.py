@@ -13,6 +13,7 @@ from benchmarks.evidence.mistaken import write_mistaken
 from flows.demo import demo_settings
 from flows.presets import PRESETS
 from flows.settings import RunSettings, parse_settings
+from flows.settings_base import Rate
 from p2d_core.synthetic import IN_CONTEXT_BASE_FOLDER
 from p2d_core.synthetic.hard_worlds import WORLDS, Kind, write_hard_world
 
@@ -31,6 +32,7 @@ Prepare = Callable[[Path, int], RunSettings]
 
 
 SUBSET, EVERYTHING = "subset", "full on everything"
+BY_CHANCE, PROXY = "random subset", "proxy set"
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Variant:
     name: str
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Section -> settings."""
-    rates: tuple[float, ...] = (4e-3,)
+    rates: tuple[Rate, ...] = (4e-3,)
     """Learning rates to choose from on a validation split."""
     data: str = SUBSET
-    """What to train on: `SUBSET`, `EVERYTHING`, or the name of a draw in `draws.DRAWS`."""
+    """What to train on: `SUBSET`, `EVERYTHING`, as much `BY_CHANCE`, the `PROXY` set alone (as the
+    run's head_proxy), or the name of a draw in `draws.DRAWS`."""
     selection: Mapping[str, Any] = field(default_factory=dict)
     """How to choose the subset, where not as the run does."""
 
@@ -59,6 +62,12 @@ class Study:
     """Of the section `compare` of the settings; seeds apart."""
     trained: bool = False
     variants: tuple[Variant, ...] = ()
+
+
+def alone(settings: RunSettings) -> RunSettings:
+    """The same trained without the proxy samples: what a choice is worth shows best so."""
+    training = settings.training.model_copy(update={"with_proxy": False})
+    return settings.model_copy(update={"training": training})
 
 
 def plain(folder: Path, seed: int) -> RunSettings:
@@ -297,6 +306,26 @@ def half_as_many(folder: Path, seed: int) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
+TOO = {"training": {"with_proxy": True}}
+WITH_PROXY = (
+    Variant("the chosen"),
+    Variant("the chosen and the proxy set", TOO),
+    Variant("as many at random", data=BY_CHANCE),
+    Variant("as many at random and the proxy set", TOO, data=BY_CHANCE),
+    Variant("the proxy set", data=PROXY),
+    Variant(EVERYTHING, {"training": {"adaptation": "full"}}, data=EVERYTHING),
+    Variant(
+        f"{EVERYTHING} and the proxy set",
+        {"training": {"adaptation": "full", "with_proxy": True}},
+        data=EVERYTHING,
+    ),
+)
+FOUND = (
+    Variant("found on the proxy set (auto)", TOO, ("auto",)),
+    *(Variant(f"{rate:g}", TOO, (rate,)) for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+)
+
+
 ALL_HEADS = {"name": "random", "fraction": 1.0, "label": "all heads"}
 AS_THE_PAPER = {"name": "icl-attention", "options": PRESETS["paper"]["scoring"]["options"]}
 
@@ -468,6 +497,16 @@ STUDIES: dict[str, Study] = {
         "on all of it?",
         {"plain": by_two_gates},
         variants=TUNING,
+    ),
+    "with-proxy": Study(
+        "Should training see the proxy samples too?",
+        {"plain": plain},
+        variants=WITH_PROXY,
+    ),
+    "rates": Study(
+        "Is the learning rate that is best on the proxy set the best for training?",
+        {"plain": plain},
+        variants=FOUND,
     ),
     "draws": Study(
         "How to draw from what passes the gates, a twentieth of the demo's corpus, and how much "

@@ -8,7 +8,7 @@ samples; only with that one the evaluation samples are seen.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,25 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from benchmarks.evidence.draws import DRAWS, Passed
-from benchmarks.evidence.studies import EVERYTHING, SUBSET, Study, Variant
+from benchmarks.evidence.studies import (
+    BY_CHANCE,
+    EVERYTHING,
+    PROXY,
+    SUBSET,
+    Study,
+    Variant,
+    alone,
+)
 from flows.inputs import check_inputs, make_runtime
 from flows.launch import launch
 from flows.ledger import Ledger
-from flows.scoring import score_corpus
+from flows.scoring import score_corpus, tune_heads
 from flows.settings import RunSettings
 from flows.stages import (
     Data,
     Run,
     choose,
+    choose_at_random,
     cost_of_full,
     evaluate,
     find_heads,
@@ -48,6 +57,10 @@ from p2d_core.synthetic.world import write_world
 from tasks.samples import shards_of
 
 TABLE = "tuning.parquet"
+RANKED = ("proxy", "heads", "rate")
+SELECTED = (*RANKED, "head_proxy", "measurements", "scores", "subset")
+SELECTING = {EVERYTHING: (), BY_CHANCE: RANKED, PROXY: RANKED}
+"""Stages whose seconds count as choosing, by what is trained on."""
 VALIDATION_WORLDS = 10_000
 """Added to a seed: the worlds that validation samples are of."""
 
@@ -105,7 +118,7 @@ def run(study: Study, seeds: range, store: Path, kept: Path) -> list[Trained]:
     found: list[Trained] = []
     for seed in seeds:
         folder = store / "worlds" / "tuning" / f"seed-{seed}"
-        settings = prepare(folder, seed)
+        settings = alone(prepare(folder, seed))
         validation = write_world(folder / "validation", seed + VALIDATION_WORLDS).evaluation
 
         def of_seed(
@@ -131,6 +144,8 @@ def variants(study: Study, world: World, validation: Path) -> list[Trained]:
     scores = score_corpus(shared, data, heads, shared.inputs.scorer)
     world.runs[SUBSET] = (shared, data, choose(shared, data, scores))
     world.runs[EVERYTHING] = (shared, data, data.corpus)
+    world.runs[BY_CHANCE] = (shared, data, choose_at_random(shared, data, scores))
+    world.runs[PROXY] = (shared, data, data.target)
     evaluation = {"source": {"path": str(validation)}, "retention": None}
     watched = read_data(world.run_of({"evaluation": evaluation}))
     found = [one_variant(each, world, data, watched) for each in study.variants]
@@ -142,18 +157,21 @@ def variants(study: Study, world: World, validation: Path) -> list[Trained]:
 def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Trained:
     """Trained with every rate, and what the best of them on the validation split gives."""
     subset = samples_of(variant, world)
-    tried: list[tuple[float, float, ArtifactRef, Run]] = []
+    tried: list[tuple[float, ArtifactRef, Run]] = []
     spent = 0.0
     for rate in variant.rates:
         changed = dict(variant.changes)
         changed["training"] = {**changed.get("training", {}), "learning_rate": rate}
         run = world.run_of(changed)
         heads = find_heads(run, data.target) if run.inputs.adaptation_needs_heads else None
-        model = train(run, data, heads, subset)
+        if variant.data == PROXY:
+            model = tune_heads(run, data, find_heads(run, data.target))
+        else:
+            model = train(run, data, heads, subset)
         validation = evaluate(run, watched, variant.name, model)["target"]
         spent += _seconds(model) + _seconds(validation)
-        tried.append((_quality(validation, run), rate, model, run))
-    quality, rate, model, run = max(tried, key=lambda each: each[0])
+        tried.append((_quality(validation, run), model, run))
+    quality, model, run = max(tried, key=lambda each: each[0])
     measured = evaluate(run, data, variant.name, model)
     return Trained(
         variant=variant.name,
@@ -161,22 +179,22 @@ def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Tr
         quality=_quality(measured["target"], run),
         retention=_quality(measured["retention"], run),
         validation=quality,
-        learning_rate=rate,
-        parameters=int(model.manifest.facts["trainable"]),
-        selection_seconds=0.0 if variant.data == EVERYTHING else _selecting(world, run),
+        learning_rate=float(model.manifest.settings["training"]["learning_rate"]),
+        parameters=int(model.manifest.facts.get("trainable", 0)),
+        selection_seconds=_selecting(world, run, SELECTING.get(variant.data, SELECTED)),
         training_seconds=_seconds(model),
         search_seconds=spent - _seconds(model) if len(variant.rates) > 1 else 0.0,
         full_seconds=0.0,
     )
 
 
-def _selecting(world: World, run: Run) -> float:
-    """What choosing the data took, and a head map of the variant's own."""
+def _selecting(world: World, run: Run, stages: Sequence[str]) -> float:
+    """What choosing the data took, a head map of the variant's own, and its learning rate."""
     chosen = {
         ref.key: _seconds(ref)
         for ledger in (world.runs[SUBSET][0].ledger, run.ledger)
         for entry in ledger.entries
-        if entry.stage in ("proxy", "heads", "head_proxy", "measurements", "scores", "subset")
+        if entry.stage in stages
         for ref in entry.refs
     }
     return sum(chosen.values())

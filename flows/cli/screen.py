@@ -13,7 +13,7 @@ from rich.text import Text
 from flows.cli.progress import duration
 from flows.cli.text import indented, narrowed, plain, say, table_of, title
 from tasks.report.further import further
-from tasks.summary import RejectedSummary, SelectionSummary, Summary
+from tasks.summary import RejectedSummary, SelectionSummary, Summary, TrainableSummary
 from tasks.verdict import ARM_NAMES, TERM_NAMES, percent, times, trained_on, verdict
 
 SHORT = 30
@@ -71,6 +71,7 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
             f"{moving.adaptation}. No heads were ranked: neither it nor {summary.selection.scorer} "
             "looks at any.",
         )
+        _rate(moving, console)
         return
     title(console, "Task heads")
     say(
@@ -79,6 +80,7 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
         f"by {heads.ranker}: {moving.parameters:,} parameters move, {moving.share_of_model:.1%} of "
         "the model.",
     )
+    _rate(moving, console)
     if heads.agreement is not None:
         say(console, heads.agreement.text)
     if picture is not None:
@@ -88,6 +90,11 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
     if heads.picture:
         # not wrapped: a path is there to be copied
         console.print(Text(f"  picture: {heads.picture}", "dim"), soft_wrap=True)
+
+
+def _rate(moving: TrainableSummary, console: Console) -> None:
+    if moving.rates_tried:
+        say(console, f"Learning rate {moving.rate_text}.")
 
 
 def _selection(selection: SelectionSummary, console: Console) -> None:

@@ -169,6 +169,7 @@ class Page:
                 "trainable",
                 f"{moving.parameters:,} parameters, {moving.share_of_model:.1%} of the model",
             ),
+            *([("learning rate", moving.rate_text)] if moving.learning_rate else []),
             ("reused", self.reused_text),
             ("run", f"{summary.run_id}, by {self.user}, {self.when}, on {self.machine}"),
         ]

@@ -28,7 +28,7 @@ MODEL_ID = "logged_model"
 LONGEST_NAME = 200
 LONGEST_DESCRIPTION = 5000
 """Characters that MLflow's database takes."""
-NAMED = ("model", "heads", "subset", "scores", "head_proxy", "proxy", "samples")
+NAMED = ("model", "heads", "subset", "scores", "head_proxy", "rate", "proxy", "samples")
 """Artifacts whose keys are tags of the version: what it needs to be explained and made again."""
 
 

@@ -206,6 +206,7 @@ def _metrics(page: Page) -> list[Metric]:
         "aer/full_seconds": aer.full_seconds,
         "aer/full_spread_seconds": aer.full_spread_seconds,
         "trainable/parameters": summary.trainable.parameters,
+        "trainable/learning_rate": summary.trainable.learning_rate or None,
         "trainable/share_of_model": summary.trainable.share_of_model,
         "trainable/share_of_attention": summary.trainable.share_of_attention,
         "selection/selected": selection.selected,

@@ -1,0 +1,110 @@
+"""The search for a learning rate, on the proxy samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import replace
+from typing import Any
+
+from p2d_core.adaptation.adaptations import adaptations
+from p2d_core.adaptation.rates import best_rate
+from p2d_core.adaptation.spec import TrainingSpec
+from p2d_core.attention.layout import attention_layers
+from p2d_core.errors import NumericalError, TrainingError
+from p2d_core.models import load_model
+from p2d_core.store import ArtifactRef, Making
+from tasks.elsewhere import as_it_is
+from tasks.heads import head_map_in
+from tasks.progress import progress_of
+from tasks.proxy import mean_loss
+from tasks.room import of_model
+from tasks.samples import target_part
+from tasks.stage import BaseModel, Plugin, Runtime, stage
+from tasks.together import together
+
+TRIED = "tried.json"
+"""Learning rate -> mean loss (nats a response token) on the held-out proxy samples."""
+
+
+@stage("rate", outside_key=("heads",), room=of_model, sent=as_it_is, together=True)
+def find_rate(
+    making: Making,
+    runtime: Runtime,
+    base: BaseModel,
+    target: ArtifactRef,
+    adaptation: Plugin,
+    task_heads: tuple[tuple[int, int], ...],
+    training: TrainingSpec,
+    heads: ArtifactRef | None,
+) -> None:
+    """Tunes on the proxy samples with several rates; keeps the loss of each on the held-out ones.
+
+    Rates that were tried before a kill are not tried again. The rate of ``training`` is not looked
+    at.
+    """
+    # seconds to import, and a run that reuses everything does without
+    from p2d_core.adaptation.training import train
+
+    captured = base.captured(runtime)
+    plugin = adaptations.make(adaptation.name, adaptation.options)
+    precision = "float32" if plugin.moves_weights else base.precision
+    head_map = head_map_in(heads) if heads is not None else None
+    proxy, held_out = (captured.encode(target_part(target, p)) for p in ("proxy", "held_out"))
+    processes = together(runtime.parallel)
+    done_file = making.scratch / TRIED
+    done: dict[str, dict[str, float]] = {}
+    if processes.first and done_file.exists():
+        done = json.loads(done_file.read_text(encoding="utf-8"))
+    done = processes.as_the_first_says("tried", done)
+    making.seconds_before = sum(each["seconds"] for each in done.values())
+    scratch = making.scratch / "training"
+
+    def loss_at(rate: float) -> float:
+        name = f"{rate:g}"
+        if name in done:
+            return done[name]["loss"]
+        start, before, loss = time.monotonic(), 0.0, math.inf
+        model = load_model(captured.folder, precision, captured.device)
+        attached = plugin.attach(model, attention_layers(model), head_map, base.folder)
+        try:
+            with progress_of(f"rate ({name})") as progress:
+                result = train(
+                    attached.model,
+                    proxy,
+                    replace(training, learning_rate=rate),
+                    pad_id=captured.pad_id,
+                    scratch=scratch / name,
+                    checkpoint_seconds=runtime.checkpoint_seconds,
+                    mixed_precision=base.precision == "bfloat16",
+                    gradient_checkpointing=runtime.gradient_checkpointing,
+                    progress=progress,
+                    # what is told for one training is not heard in the next
+                    processes=replace(processes, work=f"{processes.work}/{name}"),
+                )
+            before = result.seconds_before
+            making.tokens += result.tokens
+            if processes.first:
+                loss = mean_loss(captured, attached.model, held_out)
+        except (TrainingError, NumericalError):
+            pass  # it ran away
+        loss = processes.as_the_first_says(f"loss at {name}", loss)
+        making.samples += len(proxy)
+        making.seconds_before += before
+        done[name] = {"loss": loss, "seconds": time.monotonic() - start + before}
+        if processes.first:
+            done_file.write_text(json.dumps(done), encoding="utf-8")
+            shutil.rmtree(scratch, ignore_errors=True)
+        return loss
+
+    rate, losses = best_rate(loss_at)
+    if not processes.first:
+        return
+    tried: dict[str, Any] = {f"{each:g}": losses[each] for each in sorted(losses)}
+    # JSON has no infinity
+    tried = {name: loss if math.isfinite(loss) else None for name, loss in tried.items()}
+    text = json.dumps({"learning_rate": rate, "tried": tried}, indent=2) + "\n"
+    (making.folder / TRIED).write_text(text, encoding="utf-8")
+    making.facts |= {"learning_rate": rate, "tried": tried, "adaptation": adaptation.name}

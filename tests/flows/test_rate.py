@@ -1,0 +1,114 @@
+"""Learning rates that the settings leave to P2D: found on the proxy set, and paid for."""
+
+import json
+
+import pytest
+
+import tasks.rate
+from flows.inputs import check_inputs
+from flows.looking import look_up
+from flows.plan import run_plan
+from p2d_core.store import Store
+from tasks.rate import TRIED
+from tests.job import Job
+
+AUTO = {"heads": {"proxy_learning_rate": "auto"}, "training": {"learning_rate": "auto"}}
+"""The defaults; the small job has numbers, which are quicker."""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    job = Job(tmp_path_factory.mktemp("job"), **AUTO)
+    job.first = job.run()
+    return job
+
+
+def rate_of(job, summary, stage="rate"):
+    return Store(job.store).resolve(summary.artifacts[stage])
+
+
+def test_the_best_on_the_held_out_proxy_samples_is_taken_for_both_trainings(job):
+    found = rate_of(job, job.first)
+    tried = json.loads((found.path / TRIED).read_text())
+    assert tried["learning_rate"] == float(min(tried["tried"], key=tried["tried"].get))
+    assert len(tried["tried"]) >= 3
+    for stage in ("head_proxy", "model"):
+        made = Store(job.store).resolve(job.first.artifacts[stage]).manifest
+        assert made.settings["training"]["learning_rate"] == tried["learning_rate"]
+    assert job.first.trainable.learning_rate == tried["learning_rate"]
+    assert job.first.trainable.rates_tried == tried["tried"]
+
+
+def test_the_search_is_made_once_and_counts_as_training(job):
+    store = Store(job.store)
+    assert len([*store.refs("rate")]) == 1
+    spent = [
+        store.resolve(job.first.artifacts[stage]).manifest.cost["wall_seconds"]
+        for stage in ("rate", "model")
+    ]
+    assert job.first.aer.stages["model"] == pytest.approx(sum(spent))
+
+
+def test_it_says_what_was_tried(job):
+    text = job.first.trainable.rate_text
+    best = f"{job.first.trainable.learning_rate:g}"
+    assert text.startswith(f"{best} (held-out proxy samples: loss ")
+    assert text.count(" at ") == len(job.first.trainable.rates_tried)
+
+
+def test_another_budget_searches_for_nothing_anew(job):
+    again = job.run(selection={"fraction": 0.05})
+    assert "rate" in again.reused
+    assert "model" not in again.reused
+
+
+def test_a_rate_that_is_given_is_not_searched_for(job):
+    given = {"heads": {"proxy_learning_rate": 1e-3}, "training": {"learning_rate": 3e-3}}
+    done = job.run(**given)
+    assert "rate" not in {line.name for line in done.stages}
+    assert (done.trainable.learning_rate, done.trainable.rate_text) == (3e-3, "0.003")
+
+
+def test_other_adaptations_have_searches_of_their_own_and_full_fine_tuning_is_free(job):
+    done = job.run(
+        training={"adaptation": "lora", "options": {"rank": 2}},
+        arms={"full": "measured", "full_learning_rate": "auto"},
+    )
+    of = {name: rate_of(job, done, name).manifest for name in ("rate", "rate_full")}
+    assert {name: manifest.facts["adaptation"] for name, manifest in of.items()} == {
+        "rate": "lora",
+        "rate_full": "full",
+    }
+    full = Store(job.store).resolve(done.artifacts["model_full"]).manifest
+    assert full.settings["training"]["learning_rate"] == of["rate_full"].facts["learning_rate"]
+    # head_proxy's search was of the heads, and is paid for too
+    paid = {line.name: line.cold_seconds for line in done.stages}
+    assert done.aer.stages["model"] == pytest.approx(paid["rate"] + paid["model"])
+
+
+def test_a_search_that_was_stopped_does_not_try_again_what_it_tried(job, monkeypatch):
+    tried = []
+    measured = tasks.rate.mean_loss
+
+    def cut_off_at_the_third(*given):
+        tried.append(given)
+        if len(tried) == 3:
+            raise RuntimeError("the power went")
+        return measured(*given)
+
+    monkeypatch.setattr(tasks.rate, "mean_loss", cut_off_at_the_third)
+    with pytest.raises(RuntimeError, match="the power went"):
+        job.run(seed=5)
+    done = job.run(seed=5)
+    assert len(tried) == len(done.trainable.rates_tried) + 1
+
+
+def test_a_plan_has_the_search_and_says_what_waits_for_it(job, tmp_path):
+    plan = run_plan(job.settings(), store=tmp_path / "empty", seconds=5)
+    stages = {stage.name: stage for stage in plan.stages}
+    assert stages["rate"].seconds > stages["head_proxy"].seconds
+    again = run_plan(job.settings(), store=job.store, seconds=5)
+    assert {stage.name: stage.state for stage in again.stages}["rate"] == "reused"
+    settings = job.settings(proxy={"epochs": 2})
+    found = look_up(settings, check_inputs(settings), job.store, None)
+    assert found.state("model", found.of("model")) == "unknown until heads is made"

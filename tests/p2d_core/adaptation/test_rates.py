@@ -1,0 +1,51 @@
+"""The search for a learning rate: a climb over the loss on samples that training does not see."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2d_core.adaptation.rates import MOST, best_rate, rate_at
+from p2d_core.errors import TrainingError
+
+
+def test_rates_are_half_a_power_of_ten_apart():
+    assert [rate_at(notch) for notch in range(-3, 4)] == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5}, 3e-3),
+        ({1e-3: 1.0, 3e-3: 1.5, 3e-4: 1.2}, 1e-3),
+        ({1e-3: 2.0, 3e-3: 3.0, 3e-4: 1.5, 1e-4: 1.4, 3e-5: 1.6}, 1e-4),
+        ({1e-3: 2.0, 3e-3: math.inf, 3e-4: 2.5}, 1e-3),
+        ({1e-3: math.inf, 3e-3: math.inf, 3e-4: math.inf, 1e-4: 2.0, 3e-5: 2.2}, 1e-4),
+        ({1e-3: 2.0, 3e-3: 2.0, 3e-4: 2.0, 1e-4: 2.1}, 3e-4),
+    ],
+)
+def test_it_climbs_until_the_next_is_no_better_and_tries_no_other(losses, best):
+    asked = []
+
+    def loss_at(rate):
+        asked.append(rate)
+        return losses[rate]
+
+    assert best_rate(loss_at) == (best, losses)
+    assert len(asked) == len(losses), "none is tried twice"
+
+
+@given(valley=st.integers(-5, 5), steepness=st.floats(0.01, 100))
+def test_the_lowest_point_of_any_one_valley_is_found(valley, steepness):
+    def loss_at(rate):
+        return steepness * abs(math.log(rate / rate_at(valley)))
+
+    best, losses = best_rate(loss_at)
+    assert best == rate_at(valley)
+    assert len(losses) <= MOST
+
+
+def test_where_training_always_runs_away_the_error_says_what_to_look_at():
+    with pytest.raises(TrainingError, match=r"every learning rate from 0.001 down to 1e-06\. Look"):
+        best_rate(lambda rate: math.inf)
