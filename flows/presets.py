@@ -15,6 +15,7 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
         "heads": {"ranker": "spad"},
         "scoring": {"scorer": "icl-attention", "options": {"bias": "per-token"}},
         "selection": {"match_lengths": False},
+        "training": {"with_proxy": False},
     },
     # of whole jobs there (study gates) the default has the lowest AER within two points of the best
     # quality, but for other quantiles of its own gate: what is left to save is what it is held

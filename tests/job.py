@@ -29,13 +29,13 @@ SETTINGS: dict[str, Any] = {
     },
     "evaluation": {"source": {"path": "evaluation.jsonl"}},
     "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
-    "heads": {"ranker": "frobenius", "proxy_epochs": 1, "proxy_learning_rate": 1e-3},
-    "training": {"epochs": 1, "learning_rate": 1e-3},
+    "heads": {"ranker": "frobenius", "proxy_epochs": 1, "proxy_learning_rate": 3e-4},
+    "training": {"epochs": 1, "learning_rate": 3e-4},
     "arms": {
         "random": False,
         "full": "calibrated",
         "calibration_steps": 4,
-        "full_learning_rate": 1e-3,
+        "full_learning_rate": 1e-4,
     },
 }
 

@@ -28,7 +28,9 @@ figure on it is typed. `python -m benchmarks.evidence --study NAME` runs a study
 tables, `--study` without a name writes the page alone. Means are over seeds, each with a world,
 draws and training of its own (the base stays the same); ± is half of a 95% interval (Student's t).
 "better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
-not. Seconds and AER include whatever else the machine did at the time.
+not. Seconds and AER include whatever else the machine did at the time. What was chosen is what is
+trained on, without the proxy samples (`training.with_proxy: false`): so a choice shows what it is
+worth. The studies with-proxy and rates are of training as it is by default.
 """
 DEFAULT = RunSettings.model_validate({"base": "-", "target": {"path": "-"}})
 DRAW = "random"
@@ -188,13 +190,14 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
     full, first = by_variant.get(EVERYTHING), next(iter(by_variant))
     against, what = (full, EVERYTHING) if full else (by_variant[first], first)
     searched = any(each.search_seconds for each in found)
+    one_rate = len({each.learning_rate for each in found}) == 1
     yield (
         f"Exact match on the target and on the old skills; gain: over {what}, paired by seed. "
         + (
             "The learning rate is the best of three on a validation split; the AER is without "
             "that search, whose seconds stand beside.\n"
             if searched
-            else "One learning rate for all.\n"
+            else "One learning rate for all.\n" * one_rate
         )
     )
     yield "| trained | exact match | gain | old skills | AER | parameters | rates | search |"
