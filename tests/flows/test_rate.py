@@ -1,15 +1,19 @@
 """Learning rates that the settings leave to P2D: found on the proxy set, and paid for."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 import tasks.rate
+from flows.cli.screen import show_summary
 from flows.inputs import check_inputs
 from flows.looking import look_up
 from flows.plan import run_plan
 from p2d_core.store import Store
 from tasks.rate import TRIED
+from tasks.summary import TrainableSummary
 from tests.job import Job
 
 AUTO = {"heads": {"proxy_learning_rate": "auto"}, "training": {"learning_rate": "auto"}}
@@ -54,6 +58,20 @@ def test_it_says_what_was_tried(job):
     best = f"{job.first.trainable.learning_rate:g}"
     assert text.startswith(f"{best} (held-out proxy samples: loss ")
     assert text.count(" at ") == len(job.first.trainable.rates_tried)
+    report = job.store / "reports" / f"{job.first.run_id}.html"
+    assert f"<dt>learning rate</dt><dd>{text}</dd>" in report.read_text()
+    console = Console(width=80, record=True, file=StringIO())
+    show_summary(job.first, None, console)
+    assert " ".join(console.export_text().split()).count(f"Learning rate {text}.") == 1
+
+
+def test_a_rate_with_which_training_ran_away_is_named_too():
+    moved = {"parameters": 1, "share_of_model": 0.1, "share_of_attention": 0.1}
+    tried = {"0.001": 1.25, "0.003": None}
+    trainable = TrainableSummary(**moved, learning_rate=1e-3, rates_tried=tried)
+    assert trainable.rate_text == (
+        "0.001 (held-out proxy samples: loss 1.25 at 0.001, none at 0.003)"
+    )
 
 
 def test_another_budget_searches_for_nothing_anew(job):
