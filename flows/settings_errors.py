@@ -17,17 +17,23 @@ def explain(error: ValidationError, file: Path, root: type[BaseModel]) -> str:
         root: the model of the whole file.
     """
     lines = []
+    # where several types would do, pydantic has a problem for each, with its name as one more part
+    by_place: dict[tuple[int | str, ...], list[Any]] = {}
     for problem in error.errors():
-        # where several types would do, pydantic names each of them as one more part
-        key = ".".join(str(part) for part in problem["loc"] if not _names_a_type(part))
-        if problem["type"] == "extra_forbidden":
-            known = ", ".join(model_at(problem["loc"][:-1], root).model_fields)
+        place = tuple(part for part in problem["loc"] if not _names_a_type(part))
+        by_place.setdefault(place, []).append(problem)
+    for place, problems in by_place.items():
+        key, kind = ".".join(map(str, place)), problems[0]["type"]
+        if kind == "extra_forbidden":
+            known = ", ".join(model_at(place[:-1], root).model_fields)
             lines.append(f"{file}: unknown key `{key}`. Known here: {known}.")
-        elif problem["type"] == "missing":
-            lines.append(f"{file}: `{key}` is missing. {_help(problem['loc'], root)}")
+        elif kind == "missing":
+            lines.append(f"{file}: `{key}` is missing. {_help(place, root)}")
         else:
-            given, meaning = shortened(problem["input"]), _help(problem["loc"], root)
-            lines.append(f"{file}: `{key}` was {given}. {problem['msg']}. {meaning}")
+            given, meaning = shortened(problems[0]["input"]), _help(place, root)
+            wrong = ", or ".join([problem["msg"] for problem in problems])
+            wrong = wrong.replace(", or Input should be ", ", or ")
+            lines.append(f"{file}: `{key}` was {given}. {wrong}. {meaning}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -83,4 +83,4 @@ def test_every_folder_of_the_table_is_there_after_a_demo():
     named = set(re.findall(r"`(\w+)/`", table))
     assert {"samples", "heads", "model", "runs", "mlflow"} <= named
     made = {folder.name for folder in (demo().folder / "artifacts").iterdir()}
-    assert named - {"reference", "harness"} <= made
+    assert named - {"reference", "harness", "rate"} <= made

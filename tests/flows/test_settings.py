@@ -224,3 +224,13 @@ def test_choices_of_a_comparison_that_differ_have_names_that_do():
     assert [each.shown for each in CompareSettings(rankers=labelled).rankers] == ["10%", "25%"]
     with pytest.raises(ValidationError, match="two of them are called 'frobenius'; give each a l"):
         CompareSettings(rankers=shares)
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [(-1, "greater than 0, or 'auto'"), ("fast", "a valid number, .*, or 'auto'")],
+)
+def test_where_a_number_or_a_word_would_do_both_are_said_once(given, wrong):
+    values = {"base": "b", "target": {"path": "t"}, "training": {"learning_rate": given}}
+    with pytest.raises(SettingsError, match=rf"`training.learning_rate` was .*{wrong}\. It means"):
+        parse_settings(values, Path("my.yaml"))
