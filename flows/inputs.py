@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -42,6 +43,8 @@ from p2d_core.selection.where import checked_condition
 from tasks.progress import progress_of
 from tasks.stage import BaseModel, Plugin, Runtime, SourceInput
 
+LEAST_STEPS_TRIED = 30
+"""With a learning rate: in a few steps one looks good with which many steps run away."""
 READ_WHOLE_BYTES = 256 * 2**20
 ROWS_READ_OF_MORE = 10_000
 
@@ -62,6 +65,8 @@ class Inputs:
     adaptation_needs_heads: bool
     proxy_training: TrainingSpec
     head_proxy_training: TrainingSpec
+    rate_training: TrainingSpec
+    """Of each learning rate that is tried on the proxy set."""
     training: TrainingSpec
     full_training: TrainingSpec
     selection: SelectionSpec
@@ -129,7 +134,8 @@ def check_inputs(
     if like is None and base.sha256 not in ranked_bases:
         with progress_of("checking the base model (tensors)") as progress:
             check_loads(folder, progress)
-    heads = settings.heads
+    heads, proxy = settings.heads, settings.proxy
+    steps_a_pass = math.ceil(proxy.samples / proxy.batch_size)
     pick = HeadPick(heads.fraction, heads.max_per_layer, heads.one_per_kv_group)
     if heads.max_per_layer or heads.one_per_kv_group:
         layers = layers_of(folder)
@@ -145,13 +151,12 @@ def check_inputs(
         scorer=Plugin.of(settings.scoring.scorer, scorer),
         adaptation=Plugin.of(training.adaptation, adaptation),
         adaptation_needs_heads=adaptation.needs_heads,
-        proxy_training=trained(
-            settings.proxy.epochs, settings.proxy.learning_rate, settings.proxy.batch_size
-        ),
+        proxy_training=trained(proxy.epochs, proxy.learning_rate, proxy.batch_size),
         head_proxy_training=trained(
-            settings.heads.proxy_epochs,
-            settings.heads.proxy_learning_rate,
-            settings.proxy.batch_size,
+            heads.proxy_epochs, heads.proxy_learning_rate, proxy.batch_size
+        ),
+        rate_training=trained(
+            max(heads.proxy_epochs, LEAST_STEPS_TRIED / steps_a_pass), "auto", proxy.batch_size
         ),
         training=trained(
             training.epochs, training.learning_rate, training.batch_size, training.group_by_length

@@ -200,14 +200,17 @@ class _Planner:
             if not tuned and scorer_step(self.inputs.scorer, step).scorer.needs_head_proxy:
                 if self.settings.heads.proxy_learning_rate == "auto":
                     yield "rate", partial(self._searching, self.by_heads)
-                yield "head_proxy", lambda: self.rehearsal.tuning(self.by_heads)
+                yield "head_proxy", self._tuning
                 tuned = True
             yield "measurements", partial(self._measuring, step)
             yield "scores", partial(self._scored, step)
 
+    def _tuning(self) -> Estimate:
+        return self.rehearsal.tuning(self.by_heads, self.inputs.head_proxy_training)
+
     def _searching(self, adaptation: Plugin) -> Estimate:
         """The search for a learning rate."""
-        return self.rehearsal.tuning(adaptation).times(RATES)
+        return self.rehearsal.tuning(adaptation, self.inputs.rate_training).times(RATES)
 
     def _measuring(self, step: int) -> Estimate:
         if step == 0:

@@ -141,10 +141,10 @@ class Rehearsal:
             draw(self.head_map, self.folder / "heads.png", self.inputs.ranker.name)
         return drawn.estimate
 
-    def tuning(self, adaptation: Plugin) -> Estimate:
+    def tuning(self, adaptation: Plugin, training: TrainingSpec) -> Estimate:
         """An adaptation on the proxy set, as head_proxy and each rate of a search have it."""
         model, attached, before = self._attached(adaptation)
-        tuned = self._tuned(attached.model, self.inputs.head_proxy_training)
+        tuned = self._tuned(attached.model, training)
         kept = self._kept(model, attached, self.folder / "tuned")
         return self.base.load() + before + tuned + kept
 

@@ -14,7 +14,6 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.settings_base import Rate
 from p2d_core.adaptation.adaptations import Full
-from p2d_core.adaptation.rates import START
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.heads.ranking import rankers
@@ -200,10 +199,7 @@ def with_rate(
     asked: Rate,
     stage: str = "rate",
 ) -> TrainingSpec:
-    """The training with the rate that it has, or, if ``asked`` for auto, with the best one.
-
-    That is found with as many steps as the task heads are tuned for on the proxy set.
-    """
+    """The training with the rate that it has, or, if ``asked`` for auto, with the best one."""
     if asked != "auto":
         return training
     with run.ledger.stage(stage) as made:
@@ -213,7 +209,7 @@ def with_rate(
             target=data.target,
             adaptation=adaptation,
             task_heads=task_heads_of(heads),
-            training=replace(run.inputs.head_proxy_training, learning_rate=START),
+            training=run.inputs.rate_training,
             heads=heads,
         )
         made.append(found)

@@ -61,12 +61,15 @@ class Study:
     compare: Mapping[str, Any] = field(default_factory=dict)
     """Of the section `compare` of the settings; seeds apart."""
     trained: bool = False
+    with_proxy: bool = False
+    """Training sees the proxy samples too, as it does by default; else what a choice is worth shows
+    better."""
     variants: tuple[Variant, ...] = ()
 
 
-def alone(settings: RunSettings) -> RunSettings:
-    """The same trained without the proxy samples: what a choice is worth shows best so."""
-    training = settings.training.model_copy(update={"with_proxy": False})
+def trained_as(study: Study, settings: RunSettings) -> RunSettings:
+    """The same with the proxy samples in training or without, as the study wants it."""
+    training = settings.training.model_copy(update={"with_proxy": study.with_proxy})
     return settings.model_copy(update={"training": training})
 
 
@@ -322,10 +325,15 @@ WITH_PROXY = (
 )
 FOUND = (
     Variant("found on the proxy set (auto)", TOO, ("auto",)),
+    Variant("found in 3 passes over it", {**TOO, "heads": {"proxy_epochs": 3}}, ("auto",)),
     *(Variant(f"{rate:g}", TOO, (rate,)) for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
 )
 
 
+SMOLLM2_WRONG = with_mistakes(
+    based_on(SMOLLM2, within_hours(gsm8k(n_target=90, n_code=1, base=SMOLLM2.folder.name))),
+    counts=(300, 100, 200),
+)
 ALL_HEADS = {"name": "random", "fraction": 1.0, "label": "all heads"}
 AS_THE_PAPER = {"name": "icl-attention", "options": PRESETS["paper"]["scoring"]["options"]}
 
@@ -452,14 +460,7 @@ STUDIES: dict[str, Study] = {
     "smollm2-wrong": Study(
         "The same base where a sixth of the corpus has answers of other questions, and a third is "
         "code: which scorer chooses what is better to train on?",
-        {
-            "text": with_mistakes(
-                based_on(
-                    SMOLLM2, within_hours(gsm8k(n_target=90, n_code=1, base=SMOLLM2.folder.name))
-                ),
-                counts=(300, 100, 200),
-            )
-        },
+        {"text": SMOLLM2_WRONG},
         {
             "rankers": ("frobenius",),
             "scorers": (
@@ -470,6 +471,18 @@ STUDIES: dict[str, Study] = {
             "everything": False,
         },
         trained=True,
+    ),
+    "smollm2-with-proxy": Study(
+        "The same, and training sees the proxy samples too, as it does by default.",
+        {"text": SMOLLM2_WRONG},
+        {
+            "rankers": ("frobenius",),
+            "scorers": ("head-filter", "loss-filter", "tfidf", "random"),
+            "adaptations": ("heads",),
+            "everything": False,
+        },
+        trained=True,
+        with_proxy=True,
     ),
     "larger-base": Study(
         "The main rows of the synthetic study with a base of 42 M parameters.",

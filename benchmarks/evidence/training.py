@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.evidence.studies import Study, alone
+from benchmarks.evidence.studies import Study, trained_as
 from flows.compare import run_compare
 from p2d_core.comparison import arms
 from p2d_core.comparison.arms import ArmRun
@@ -15,7 +15,7 @@ def run(study: Study, seeds: range, store: Path, kept: Path) -> list[ArmRun]:
     (prepare,) = study.worlds.values()
     found: list[ArmRun] = []
     for seed in seeds:
-        settings = alone(prepare(store / "worlds" / "trained" / f"seed-{seed}", seed))
+        settings = trained_as(study, prepare(store / "worlds" / "trained" / f"seed-{seed}", seed))
         compare = settings.compare.model_validate({**study.compare, "seeds": [seed]})
         done = run_compare(settings.model_copy(update={"compare": compare}), store=store)
         runs, metric, higher_is_better = arms.read(done.path)

@@ -30,7 +30,7 @@ from benchmarks.evidence.studies import (
     SUBSET,
     Study,
     Variant,
-    alone,
+    trained_as,
 )
 from flows.inputs import check_inputs, make_runtime
 from flows.launch import launch
@@ -118,7 +118,7 @@ def run(study: Study, seeds: range, store: Path, kept: Path) -> list[Trained]:
     found: list[Trained] = []
     for seed in seeds:
         folder = store / "worlds" / "tuning" / f"seed-{seed}"
-        settings = alone(prepare(folder, seed))
+        settings = trained_as(study, prepare(folder, seed))
         validation = write_world(folder / "validation", seed + VALIDATION_WORLDS).evaluation
 
         def of_seed(

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,19 +31,23 @@ def cut_into_shards(
     """Cuts where a sample's id says so, so that cuts do not depend on what stands before.
 
     One sample in ``target_rows`` ends a shard, but no shard has fewer rows than a quarter of that
-    (except the last) or more than four times that. The first has at least ``target_rows``: a
-    corpus that is no larger is not cut, since small shards have small batches with more padding.
-    After a change the old cuts are met again at the next of them that the bounds allow: nearly
-    always at the end of the same shard.
+    (except the last) or more than four times that. After a change the old cuts are met again at
+    the next of them that the bounds allow: nearly always at the end of the same shard. No more
+    than ``target_rows`` samples are one shard: parts of them would have more padding.
     """
-    fewest, most = target_rows, 4 * target_rows
+    samples = iter(samples)
+    head = list(islice(samples, target_rows + 1))
+    if head and len(head) <= target_rows:
+        yield head
+        return
+    fewest, most = max(1, target_rows // 4), 4 * target_rows
     shard: list[Sample] = []
-    for sample in samples:
+    for sample in chain(head, samples):
         shard.append(sample)
         ends_here = int(sample.sample_id[:8], 16) % target_rows == 0
         if (ends_here and len(shard) >= fewest) or len(shard) >= most:
             yield shard
-            shard, fewest = [], max(1, target_rows // 4)
+            shard = []
     if shard:
         yield shard
 

@@ -53,6 +53,16 @@ def test_the_search_is_made_once_and_counts_as_training(job):
     assert job.first.aer.stages["model"] == pytest.approx(sum(spent))
 
 
+def test_each_rate_is_tried_for_thirty_steps_at_least(job):
+    """20 proxy samples are 3 steps a pass: 10 passes, where the task heads are tuned for one."""
+    assert check_inputs(job.settings()).rate_training.epochs == 10
+    more = check_inputs(job.settings(heads={"proxy_epochs": 12, **AUTO["heads"]}))
+    assert more.rate_training.epochs == more.head_proxy_training.epochs == 12
+    of_each = Store(job.store).resolve(job.first.artifacts["rate"]).manifest.cost["tokens"]
+    once = Store(job.store).resolve(job.first.artifacts["head_proxy"]).manifest.cost["tokens"]
+    assert of_each == len(job.first.trainable.rates_tried) * 10 * once
+
+
 def test_it_says_what_was_tried(job):
     text = job.first.trainable.rate_text
     best = f"{job.first.trainable.learning_rate:g}"
