@@ -171,9 +171,8 @@ def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
     assert heads is not None
     settings, inputs = run.settings.heads, run.inputs
     by_heads = Plugin.of("heads", Heads(settings.include_kv))
-    training = with_rate(
-        run, data, heads, by_heads, inputs.head_proxy_training, settings.proxy_learning_rate
-    )
+    asked, n = settings.proxy_learning_rate, run.settings.proxy.samples
+    training = with_rate(run, data, heads, by_heads, inputs.head_proxy_training, asked, lambda: n)
     with run.ledger.stage("head_proxy") as made:
         head_proxy = head_proxy_run(
             run.runtime,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.settings_base import Rate
 from p2d_core.adaptation.adaptations import Full
+from p2d_core.adaptation.rates import rate_for
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.aer import Reference
 from p2d_core.heads.ranking import rankers
@@ -26,6 +27,7 @@ from tasks.heads import average_heads, head_map_in, rank_heads
 from tasks.model import calibrate, fine_tune, reference_in
 from tasks.proxy import proxy_run
 from tasks.rate import find_rate
+from tasks.room import rows_of
 from tasks.samples import (
     assemble,
     read_source,
@@ -197,9 +199,10 @@ def with_rate(
     adaptation: Plugin,
     training: TrainingSpec,
     asked: Rate,
+    n: Callable[[], int],
     stage: str = "rate",
 ) -> TrainingSpec:
-    """The training with the rate that it has, or, if ``asked`` for auto, with the best one."""
+    """A training on ``n`` samples with its own rate, or, if ``asked`` for auto, the best one."""
     if asked != "auto":
         return training
     with run.ledger.stage(stage) as made:
@@ -213,7 +216,9 @@ def with_rate(
             heads=heads,
         )
         made.append(found)
-    return replace(training, learning_rate=found.manifest.facts["learning_rate"])
+    facts = found.manifest.facts
+    rate = rate_for(facts["learning_rate"], facts["steps"], training.steps(n()))
+    return replace(training, learning_rate=rate)
 
 
 def train(
@@ -222,9 +227,12 @@ def train(
     """Fine-tuning with the chosen adaptation; ``heads`` may be None for one that needs none."""
     inputs, settings = run.inputs, run.settings
     looked_at = heads if inputs.adaptation_needs_heads else None
-    training = with_rate(
-        run, data, looked_at, inputs.adaptation, inputs.training, settings.training.learning_rate
-    )
+    asked = settings.training.learning_rate
+
+    def n() -> int:
+        return int(subset.manifest.facts["rows"]) + settings.n_proxy_trained_on
+
+    training = with_rate(run, data, looked_at, inputs.adaptation, inputs.training, asked, n)
     with run.ledger.stage("model" if arm == "p2d" else f"model_{arm}") as made:
         model = fine_tune(
             run.runtime,
@@ -266,7 +274,11 @@ def train_full(run: Run, data: Data) -> ArtifactRef:
     """Full fine-tuning on the whole corpus."""
     inputs, settings = run.inputs, run.settings
     asked = settings.arms.full_learning_rate
-    training = with_rate(run, data, None, FULL, inputs.full_training, asked, "rate_full")
+
+    def n() -> int:
+        return rows_of(data.corpus) + settings.n_proxy_trained_on
+
+    training = with_rate(run, data, None, FULL, inputs.full_training, asked, n, "rate_full")
     with run.ledger.stage("model_full") as made:
         full = fine_tune(
             run.runtime,

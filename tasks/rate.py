@@ -108,3 +108,4 @@ def find_rate(
     text = json.dumps({"learning_rate": rate, "tried": tried}, indent=2) + "\n"
     (making.folder / TRIED).write_text(text, encoding="utf-8")
     making.facts |= {"learning_rate": rate, "tried": tried, "adaptation": adaptation.name}
+    making.facts["steps"] = training.steps(len(proxy))

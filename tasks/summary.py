@@ -108,7 +108,7 @@ class TrainableSummary(BaseModel):
 
     @property
     def rate_text(self) -> str:
-        """Such as 0.003 (held-out proxy samples: loss 0.39 at 0.001, 0.07 at 0.003)."""
+        """Such as 0.0021 (held-out proxy samples: loss 0.39 at 0.001, 0.07 at 0.003)."""
         rate = f"{self.learning_rate:g}"
         tried = ", ".join(
             f"none at {each}" if loss is None else f"{loss:.3g} at {each}"

@@ -197,7 +197,9 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
             "The learning rate is the best of three on a validation split; the AER is without "
             "that search, whose seconds stand beside.\n"
             if searched
-            else "One learning rate for all.\n" * one_rate
+            else "One learning rate for all.\n"
+            if one_rate
+            else "\n"
         )
     )
     yield "| trained | exact match | gain | old skills | AER | parameters | rates | search |"
@@ -210,7 +212,7 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
             "" if variant == what else f"{gain.mean:+.3f} ({_bounds(gain)})",
             str(points[variant].retention),
             f"{points[variant].aer:.2f}",
-            f"{next(iter(of.values())).parameters:,}",
+            f"{moved:,}" if (moved := next(iter(of.values())).parameters) else "",
             ", ".join(f"{rate:g}" for rate in rates),
             f"{sum(each.search_seconds for each in of.values()) / len(of):.0f} s",
         ]

@@ -11,6 +11,7 @@ from flows.cli.screen import show_summary
 from flows.inputs import check_inputs
 from flows.looking import look_up
 from flows.plan import run_plan
+from p2d_core.adaptation.rates import rate_for
 from p2d_core.store import Store
 from tasks.rate import TRIED
 from tasks.summary import TrainableSummary
@@ -90,6 +91,15 @@ def test_another_budget_searches_for_nothing_anew(job):
     assert "model" not in again.reused
 
 
+def test_a_longer_training_gets_less_of_the_rate_that_was_found(job):
+    """140 samples are 18 steps a pass: 4 passes are 72 where 30 were tried."""
+    found = rate_of(job, job.first).manifest.facts
+    done = job.run(training={"epochs": 4})
+    assert found["steps"] == 30
+    assert done.trainable.learning_rate == rate_for(found["learning_rate"], 30, 72)
+    assert done.trainable.rates_tried == found["tried"]
+
+
 def test_a_rate_that_is_given_is_not_searched_for(job):
     given = {"heads": {"proxy_learning_rate": 1e-3}, "training": {"learning_rate": 3e-3}}
     done = job.run(**given)
@@ -108,7 +118,9 @@ def test_other_adaptations_have_searches_of_their_own_and_full_fine_tuning_is_fr
         "rate_full": "full",
     }
     full = Store(job.store).resolve(done.artifacts["model_full"]).manifest
-    assert full.settings["training"]["learning_rate"] == of["rate_full"].facts["learning_rate"]
+    # 1,220 samples are 153 steps
+    rate = rate_for(of["rate_full"].facts["learning_rate"], 30, 153)
+    assert full.settings["training"]["learning_rate"] == rate
     # head_proxy's search was of the heads, and is paid for too
     paid = {line.name: line.cold_seconds for line in done.stages}
     assert done.aer.stages["model"] == pytest.approx(paid["rate"] + paid["model"])

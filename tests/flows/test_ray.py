@@ -51,7 +51,7 @@ GRID = {
     "everything": False,
 }
 STAGES = {
-    "samples", "proxy", "heads", "measurements", "scores", "subset", "model", "reference",
+    "samples", "proxy", "heads", "rate", "measurements", "scores", "subset", "model", "reference",
     "evaluation",
 }  # fmt: skip
 
@@ -65,7 +65,8 @@ os.environ.update(OWN | TOKEN)
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Job:
     """Run once as engine: local has it, scores of the job and arms of a comparison."""
-    job = Job(tmp_path_factory.mktemp("ray"), ROWS, threads=1, compare=GRID)
+    auto = {"proxy_learning_rate": "auto"}
+    job = Job(tmp_path_factory.mktemp("ray"), ROWS, threads=1, compare=GRID, heads=auto)
     job.run()
     job.compared = run_compare(job.settings(), store=job.store)
     return job

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2d_core.adaptation.rates import MOST, best_rate, rate_at
+from p2d_core.adaptation.rates import MOST, best_rate, rate_at, rate_for
 from p2d_core.errors import TrainingError
 
 
@@ -44,6 +44,15 @@ def test_the_lowest_point_of_any_one_valley_is_found(valley, steepness):
     best, losses = best_rate(loss_at)
     assert best == rate_at(valley)
     assert len(losses) <= MOST
+
+
+@pytest.mark.parametrize(
+    ("tried", "steps", "rate"),
+    [(38, 38, 1e-2), (38, 3, 1e-2), (38, 250, 5.5e-3), (38, 3750, 2.3e-3), (30, 60, 8e-3)],
+)
+def test_a_longer_training_gets_a_lower_rate(tried, steps, rate):
+    """By hand: (38 / 250) ** 0.32 is 0.547, (38 / 3750) ** 0.32 is 0.230, 0.5 ** 0.32 is 0.801."""
+    assert rate_for(1e-2, tried, steps) == rate
 
 
 def test_where_training_always_runs_away_the_error_says_what_to_look_at():
