@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -95,6 +96,9 @@ def start_server() -> None:
         with suppress(Exception), get_client(sync_client=True) as client:
             client.api_healthcheck()
 
+    # two threads now import what parses its own source (pydantic's docstrings); where a collection
+    # lets them take turns in that, Python before 3.11.8 ends with a SystemError (gh-106905)
+    gc.disable()
     _starting.append(threading.Thread(target=start, name="prefect-server", daemon=True))
     _starting[-1].start()
 
@@ -103,3 +107,4 @@ def wait_for_server() -> None:
     """Until a server that `start_server` has begun to start is there: two would be started else."""
     while _starting:
         _starting.pop().join()
+        gc.enable()

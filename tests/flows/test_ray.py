@@ -51,7 +51,7 @@ GRID = {
     "everything": False,
 }
 STAGES = {
-    "samples", "proxy", "heads", "rate", "measurements", "scores", "subset", "model", "reference",
+    "samples", "proxy", "heads", "measurements", "scores", "subset", "model", "reference",
     "evaluation",
 }  # fmt: skip
 
