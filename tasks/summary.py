@@ -108,11 +108,11 @@ class TrainableSummary(BaseModel):
 
     @property
     def rate_text(self) -> str:
-        """Such as 0.0021, 0.003 for more steps (held-out proxy samples: loss 0.39 at 0.001, ...)."""
+        """Such as 0.003 (held-out proxy samples: loss 0.39 at 0.001, 0.07 at 0.003)."""
         rate = f"{self.learning_rate:g}"
         found = {each: loss for each, loss in self.rates_tried.items() if loss is not None}
         if found and (best := min(found, key=lambda each: found[each])) != rate:
-            rate += f", {best} for more steps"
+            rate += f", from {best} for more steps"
         tried = ", ".join(
             f"none at {each}" if loss is None else f"{loss:.3g} at {each}"
             for each, loss in self.rates_tried.items()

@@ -84,7 +84,7 @@ def test_a_rate_with_which_training_ran_away_is_named_too():
         "0.001 (held-out proxy samples: loss 1.25 at 0.001, none at 0.003)"
     )
     longer = trainable.model_copy(update={"learning_rate": 5.5e-4})
-    assert longer.rate_text.startswith("0.00055, 0.001 for more steps (held-out")
+    assert longer.rate_text.startswith("0.00055, from 0.001 for more steps (held-out")
 
 
 def test_another_budget_searches_for_nothing_anew(job):
