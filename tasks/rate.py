@@ -95,7 +95,9 @@ def find_rate(
         making.seconds_before += before
         done[name] = {"loss": loss, "seconds": time.monotonic() - start + before}
         if processes.first:
-            done_file.write_text(json.dumps(done), encoding="utf-8")
+            # a file that was cut short would stop every later try
+            done_file.with_suffix(".tmp").write_text(json.dumps(done), encoding="utf-8")
+            done_file.with_suffix(".tmp").replace(done_file)
             shutil.rmtree(scratch, ignore_errors=True)
         return loss
 
