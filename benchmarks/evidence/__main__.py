@@ -38,7 +38,8 @@ def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Pa
     prepare_environment(store)
     start_server()
     from benchmarks.evidence import page, selection, training, tuning
-    from benchmarks.evidence.studies import STUDIES, NotThere
+    from benchmarks.evidence.studies import STUDIES
+    from benchmarks.evidence.worlds import NotThere
 
     for name in (chosen := list(STUDIES) if names is None else list(names)):
         if name not in STUDIES:
