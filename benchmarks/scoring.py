@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -288,7 +289,8 @@ def growth(size: Size) -> Iterator[Figure]:
             corpora.append(_Corpus(Path(folder) / str(n), n))
             write_shards(_generated(n), corpora[-1].folder)
         a_sample = side_by_side(corpora)
-        memory = [_peak_megabytes(corpus) for corpus in corpora]
+        with ThreadPoolExecutor(2) as pool:
+            memory = list(pool.map(_peak_megabytes, corpora))
     middle = [median(times) for times in a_sample]
     slowest, fastest = middle.index(max(middle)), middle.index(min(middle))
     yield figure(
@@ -415,7 +417,7 @@ class GrowthRun:
 def _peak_megabytes(corpus: _Corpus) -> float:
     program = (
         "import sys; from pathlib import Path; import torch; "
-        "torch.set_num_threads(int(sys.argv[3])); from benchmarks import scoring; "
+        "torch.set_num_threads(1); from benchmarks import scoring; "
         # one layer: what is held does not depend on how many there are
         "corpus = scoring._Corpus(Path(sys.argv[1]), int(sys.argv[2])); "
         "list(scoring.GrowthRun(layers=1).steps(corpus)); "
@@ -423,7 +425,5 @@ def _peak_megabytes(corpus: _Corpus) -> float:
         "from p2d_core.memory import resident_bytes; print(resident_bytes('VmHWM') / 2**20)"
     )
     words = [sys.executable, "-c", program, str(corpus.folder), str(corpus.n)]
-    done = subprocess.run(
-        [*words, str(torch.get_num_threads())], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])

@@ -44,42 +44,96 @@ def again(model):
         return loss_of(model)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_gated_mlp_keeps_one_tensor_of_its_width_less(frozen):
-    model = tiny_llama(intermediate_size=512)
-    if frozen:
-        for layer in model.model.layers:
-            layer.mlp.requires_grad_(False)
+def kept_less(model):
+    """Numbers a token that are not held, where the activations are computed again."""
     before, _held = kept(model, lambda: loss_of(model))
     after, _held = kept(model, lambda: again(model))
-    assert before - after == 3 * IDS.numel() * 512 * 4
+    return (before - after) / (4 * IDS.numel())
+
+
+def moving(model, projection):
+    """The model with this projection of each layer to train, and the embeddings below them."""
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f"{projection}.weight"):
+            parameter.requires_grad_(True)
+    return model
+
+
+N_LAYERS, HIDDEN = 3, 64
+
+
+@pytest.mark.parametrize(("projection", "norms"), [("q_proj", 1), ("o_proj", 0), ("up_proj", 1)])
+def test_a_gated_mlp_and_a_norm_before_tuned_projections_keep_a_tensor_less(projection, norms):
+    model = moving(tiny_llama(intermediate_size=512), projection)
+    assert kept_less(model) == N_LAYERS * (512 + norms * HIDDEN)
+
+
+def test_what_a_norm_gave_is_kept_where_its_own_backward_pass_needs_nothing():
+    """In the first layer above frozen embeddings there is none."""
+    model = moving(tiny_llama(intermediate_size=512), "q_proj")
+    model.get_input_embeddings().requires_grad_(False)
+    assert kept_less(model) == N_LAYERS * 512 + (N_LAYERS - 1) * HIDDEN
+
+
+def test_full_fine_tuning_keeps_no_activation_and_no_norms_output():
+    """Two norms a layer, and the one before the LM head."""
+    model = tiny_llama(intermediate_size=512)
+    assert kept_less(model) == N_LAYERS * (512 + 2 * HIDDEN) + HIDDEN
+
+
+def test_norms_of_queries_and_keys_do_not_hide_the_one_before_them():
+    model = moving(family_model("qwen3"), "v_proj")
+    assert kept_less(model) == N_LAYERS * (model.config.intermediate_size + HIDDEN)
 
 
 def test_an_mlp_of_one_activation_keeps_what_it_was_given_alone():
     """What comes out of GELU is kept for the next weight's gradient, and made again."""
-    model = family_model("gpt_neox").requires_grad_(True)
-    width = model.config.intermediate_size
-    before, _held = kept(model, lambda: loss_of(model))
-    after, _held = kept(model, lambda: again(model))
-    assert before - after == 3 * IDS.numel() * width * 4
+    model = moving(family_model("gpt_neox"), "dense_4h_to_h")
+    assert kept_less(model) == N_LAYERS * model.config.intermediate_size
 
 
 def test_what_relu_gave_is_kept_because_its_own_backward_pass_needs_it():
-    model = family_model("opt").requires_grad_(True)
+    model = moving(family_model("opt"), "fc2")
     assert isinstance(model.model.decoder.layers[0].activation_fn, nn.ReLU)
-    before, _held = kept(model, lambda: loss_of(model))
-    after, _held = kept(model, lambda: again(model))
-    assert after == before
+    assert kept_less(model) == 0
+
+
+@pytest.mark.parametrize("random", [nn.Dropout(0.5), nn.RReLU()])
+def test_what_is_drawn_at_random_is_not_drawn_again(random):
+    model = nn.Sequential(nn.Linear(4, 64), random, nn.Linear(64, 4)).train()
+    x = torch.randn(8, 4)
+    torch.manual_seed(0)
+    expected = gradients(model, model(x).sum())
+    torch.manual_seed(0)
+    with recomputed_activations(model):
+        loss = model(x).sum()
+    for got, wanted in zip(gradients(model, loss), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_under_autocast_a_norm_runs_again_as_it_ran():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    x = torch.randn(5, 8)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float().sum()
+
+    expected = gradients(model, loss())
+    with recomputed_activations(model):
+        again = loss()
+    for got, wanted in zip(gradients(model, again), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_checkpointed_layers_keep_what_they_kept():
+    """The norm before the LM head is in none of them."""
     model = tiny_llama().train()
     expected = gradients(model, loss_of(model))
     model.activation_checkpointing_enable({"use_reentrant": False})
-    before, _held = kept(model, lambda: loss_of(model))
-    after, loss = kept(model, lambda: again(model))
-    assert after == before
-    for got, wanted in zip(gradients(model, loss), expected, strict=True):
+    assert kept_less(model) == HIDDEN
+    for got, wanted in zip(gradients(model, again(model)), expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
