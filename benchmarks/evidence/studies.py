@@ -15,6 +15,7 @@ from benchmarks.evidence.worlds import (
     gsm8k,
     hard,
     plain,
+    with_heads,
     with_mistakes,
     within_hours,
 )
@@ -100,6 +101,48 @@ SCORERS: tuple[Any, ...] = (
     "tfidf",
     "rds-plus",
     "random",
+)
+
+ALL_SCORERS: tuple[Any, ...] = (
+    "head-filter",
+    "loss-filter",
+    "head-activation",
+    {
+        "name": "head-activation",
+        "options": {"compare": "mean"},
+        "label": "head-activation, mean of the proxies",
+    },
+    "head-proxy-loss",
+    "loss-shift",
+    "retrieval-attention",
+    "head-gradient",
+    "head-influence",
+    "icl-attention",
+    "data-whisperer",
+    {
+        "name": "sum",
+        "options": {"parts": {"head-activation": 1.0, "head-proxy-loss": 1.0}},
+        "label": "sum of head-activation and head-proxy-loss",
+    },
+    "less",
+    "rds-plus",
+    "tfidf",
+    "bm25",
+    "ifd",
+    "loss",
+    "mid-perplexity",
+    "length",
+    "random",
+)
+ALL_RANKERS = (
+    "spad",
+    {"name": "spad", "options": {"support": "values"}, "label": "spad, values"},
+    "frobenius",
+    "gradient",
+    "taylor",
+    "ablation",
+    "bottom",
+    *RANDOM_HEADS,
 )
 
 RATES = (2e-3, 4e-3, 8e-3)
@@ -206,6 +249,25 @@ STUDIES: dict[str, Study] = {
             "equal-length": hard("equal-length"),
         },
         {"rankers": RANKERS, "scorers": SCORERS, "adaptations": ("full",)},
+    ),
+    "scorers": Study(
+        "Every scorer as it is by default, where words tell the target and where they do not.",
+        {"plain": hard("plain"), "renamed": hard("renamed")},
+        {"rankers": ("frobenius",), "scorers": ALL_SCORERS, "adaptations": ("full",)},
+    ),
+    "rankers": Study(
+        "Every ranker, and what is done with its scores, where words do not tell the target.",
+        {
+            "as they are": hard("renamed"),
+            "mean of 3 proxy draws": with_heads(hard("renamed"), average_over=3),
+            "one head a layer": with_heads(hard("renamed"), max_per_layer=1),
+            "one head a KV group": with_heads(hard("renamed"), one_per_kv_group=True),
+        },
+        {
+            "rankers": ALL_RANKERS,
+            "scorers": ("head-filter", "head-activation", "head-proxy-loss"),
+            "adaptations": ("full",),
+        },
     ),
     "scarce": Study(
         "Which scorer finds the target with few proxy samples, and when the target is rare?",

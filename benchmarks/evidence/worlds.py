@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -55,6 +56,17 @@ def hard(kind: Kind, *, n_proxy: int = 100, invented: bool = False) -> Prepare:
         return RunSettings.model_validate(values)
 
     return prepare
+
+
+def with_heads(prepare: Prepare, **changes: Any) -> Prepare:
+    """The same with other settings of the section `heads`."""
+
+    def prepared(folder: Path, seed: int) -> RunSettings:
+        values = prepare(folder, seed).model_dump(mode="json")
+        values["heads"] |= changes
+        return RunSettings.model_validate(values)
+
+    return prepared
 
 
 class NotThere(Exception):
