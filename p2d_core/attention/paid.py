@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -71,16 +71,73 @@ def attention_paid(
         UnsupportedModelError: its eager attention does not give its probabilities either, or is
             not the same attention.
     """
-    if not bool(query_rows.bool().any(1).all()):
-        raise ValueError("attention_paid: every sample needs at least one query row")
+    membership = _one_hot(segments.to(device_of(model)), n_segments)
+
+    def summed(probabilities: Tensor, _rows: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("bhrt,br->bht", probabilities, weights) @ membership
+
+    return _looked_at(model, layers, heads, input_ids, attention_mask, query_rows, summed)
+
+
+def attention_to_copies(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    query_rows: Tensor,
+) -> Tensor:
+    """The share of attention that goes to tokens equal to the one that comes next, beyond chance.
+
+    Chance is attention to all tokens alike. Heads that copy have much of it (retrieval heads, arXiv
+    2404.15574). As `attention_paid` otherwise.
+
+    Args:
+        query_rows: True for the tokens that look, never a sample's last; averaged over.
+            ``[batch, tokens]``; a sample needs at least one.
+
+    Returns:
+        ``[batch, n_heads]`` in float32, in [-1, 1], in the order of ``heads``.
+    """
     device = device_of(model)
+    ids, real = input_ids.to(device), attention_mask.to(device).bool()
+    places = torch.arange(ids.shape[1], device=device)
+
+    def summed(probabilities: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        comes_next = ids.gather(1, (rows + 1).clamp(max=ids.shape[1] - 1))
+        visible = (places <= rows[..., None]) & real[:, None]
+        copies = visible & (ids[:, None] == comes_next[..., None])
+        chance = copies.sum(2) / visible.sum(2).clamp(min=1)
+        there = torch.einsum("bhrt,brt->bhr", probabilities, copies.float())
+        return ((there - chance[:, None]) * weights[:, None]).sum(2, keepdim=True)
+
+    looked = _looked_at(model, layers, heads, input_ids, attention_mask, query_rows, summed)
+    return looked.squeeze(2)
+
+
+Summed = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From probabilities ``[batch, heads, rows, tokens]``, the rows' positions and weights, both
+``[batch, rows]``, to ``[batch, heads, n]``."""
+
+
+def _looked_at(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    query_rows: Tensor,
+    summed: Summed,
+) -> Tensor:
+    if not bool(query_rows.bool().any(1).all()):
+        raise ValueError("attention: every sample needs at least one query row")
     collector = _PaidCollector(
         heads_by_module={
             id(model.get_submodule(layers[index].name)): (index, [head for _, head in inside])
             for index, inside in by_layer(layers, heads).items()
         },
-        query_rows=query_rows.to(device).bool(),
-        membership=_one_hot(segments.to(device), n_segments),
+        query_rows=query_rows.to(device_of(model)).bool(),
+        summed=summed,
     )
     if model not in _in_eager:
         try:
@@ -106,11 +163,11 @@ def attention_paid(
 
 @dataclass
 class _PaidCollector:
-    """What one call of `attention_paid` looks for, and what it has seen."""
+    """What one call looks for, and what it has seen."""
 
     heads_by_module: dict[int, tuple[int, list[int]]]
     query_rows: Tensor
-    membership: Tensor
+    summed: Summed
     paid: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -136,17 +193,16 @@ class _PaidCollector:
         q = _of_rows(q, rows)
         logits = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         logits = _masked(logits, mask, rows)
-        self._keep(index, logits.softmax(-1), weights)
+        self._keep(index, logits.softmax(-1), rows, weights)
 
     def see_probabilities(self, module: nn.Module, probabilities: Tensor) -> None:
         """Of all heads, ``[batch, heads, tokens, tokens]``."""
         index, heads = self.heads_by_module[id(module)]
         rows, weights = _packed_rows(self.query_rows)
-        self._keep(index, _of_rows(probabilities[:, heads].float(), rows), weights)
+        self._keep(index, _of_rows(probabilities[:, heads].float(), rows), rows, weights)
 
-    def _keep(self, index: int, probabilities: Tensor, weights: Tensor) -> None:
-        mean = torch.einsum("bhrt,br->bht", probabilities, weights)
-        self.paid[index] = mean @ self.membership
+    def _keep(self, index: int, probabilities: Tensor, rows: Tensor, weights: Tensor) -> None:
+        self.paid[index] = self.summed(probabilities, rows, weights)
         if self.has_all:
             raise Seen
 

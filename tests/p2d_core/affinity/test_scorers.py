@@ -22,7 +22,7 @@ from tests.small_scoring import NEEDED, TARGET, affinities, joined, samples
 SINGLE = [
     *("head-activation", "head-gradient", "head-influence", "head-proxy-loss", "loss-shift"),
     *("icl-attention", "bm25", "tfidf", "rds-plus", "less", "ifd", "loss", "mid-perplexity"),
-    *("data-whisperer", "length", "random", "sum"),
+    *("data-whisperer", "length", "random", "retrieval-attention", "sum"),
 ]
 RUNNING_NO_MODEL = {"bm25", "length", "tfidf", "random"}
 MODEL_RUN_BY = sorted({*SINGLE} - RUNNING_NO_MODEL)

@@ -7,7 +7,7 @@ from transformers import MistralConfig, Qwen2Config
 
 from p2d_core.attention.capture import capture_head_outputs, mean_head_outputs
 from p2d_core.attention.layout import attention_layers, head_slices
-from p2d_core.attention.paid import attention_paid
+from p2d_core.attention.paid import attention_paid, attention_to_copies
 from p2d_core.attention.silence import silenced
 from p2d_core.errors import HeadMapError, UnsupportedModelError
 from tests.families import family_model
@@ -198,6 +198,45 @@ def test_all_attention_paid_sums_to_one():
     rows, _ = query_and_segments(mask, "right")
     got = attention_paid(model, attention_layers(model), HEADS, ids, mask, rows, mask - 1, 1)
     torch.testing.assert_close(got, torch.ones(3, 3, 1))
+
+
+def copies_by_hand(model, ids, mask, heads, rows):
+    attentions = eager(model)(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
+    found = torch.zeros(len(ids), len(heads))
+    for sample in range(len(ids)):
+        for place, (layer, head) in enumerate(heads):
+            lifts = []
+            for row in rows[sample].nonzero().flatten().tolist():
+                seen = [t for t in range(row + 1) if mask[sample, t]]
+                alike = [t for t in seen if ids[sample, t] == ids[sample, row + 1]]
+                there = attentions[layer][sample, head, row][alike].sum().item()
+                lifts.append(there - len(alike) / len(seen))
+            found[sample, place] = sum(lifts) / len(lifts)
+    return found
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama, 4 groups", "llama, 2 groups", "qwen2"])
+def test_attention_to_copies_is_what_goes_to_the_next_token_where_it_stood_before(family, side):
+    model = FAMILIES[family]()
+    ids, mask = token_batch(LENGTHS, vocab_size=7, side=side)  # so few that many stand twice
+    rows = torch.zeros_like(mask, dtype=torch.bool)
+    for sample, real in enumerate(mask.bool()):
+        rows[sample, real.nonzero().flatten()[-4 if sample == 1 else -3 : -1]] = True
+    got = attention_to_copies(model, attention_layers(model), HEADS, ids, mask, rows)
+    by_hand = copies_by_hand(model, ids, mask, HEADS, rows)
+    torch.testing.assert_close(got, by_hand, atol=1e-6, rtol=1e-5)
+    assert got.std() > 0.01
+
+
+def test_attention_to_copies_is_0_where_the_next_token_stood_nowhere():
+    model = tiny_llama()
+    ids = torch.arange(3, 13)[None]
+    rows = torch.zeros(1, 10, dtype=torch.bool)
+    rows[0, 5:9] = True
+    mask = torch.ones_like(ids)
+    got = attention_to_copies(model, attention_layers(model), HEADS, ids, mask, rows)
+    assert torch.equal(got, torch.zeros(1, len(HEADS)))
 
 
 def test_attention_paid_stops_at_the_deepest_head_and_restores_the_model():
