@@ -259,7 +259,7 @@ STUDIES: dict[str, Study] = {
         "Every ranker, and what is done with its scores, where words do not tell the target.",
         {
             "as they are": hard("renamed"),
-            "mean of 3 proxy draws": with_heads(hard("renamed"), average_over=3),
+            "mean of 3 proxy draws": with_heads(hard("renamed", n_spare=200), average_over=3),
             "one head a layer": with_heads(hard("renamed"), max_per_layer=1),
             "one head a KV group": with_heads(hard("renamed"), one_per_kv_group=True),
         },

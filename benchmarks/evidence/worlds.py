@@ -30,12 +30,16 @@ def plain(folder: Path, seed: int) -> RunSettings:
     return demo_settings(folder, seed)
 
 
-def hard(kind: Kind, *, n_proxy: int = 100, invented: bool = False) -> Prepare:
-    """A hard world; its base is the one that learns in context where surfaces are invented."""
+def hard(kind: Kind, *, n_proxy: int = 100, invented: bool = False, n_spare: int = 0) -> Prepare:
+    """A hard world; its base is the one that learns in context where surfaces are invented.
+
+    ``n_spare``: target samples beside the proxy set and the held-out ones, to draw others from.
+    """
 
     def prepare(folder: Path, seed: int) -> RunSettings:
         held_out = max(2, n_proxy)
-        files = write_hard_world(folder, kind, seed, invented=invented, n_target=n_proxy + held_out)
+        n_target = n_proxy + held_out + n_spare
+        files = write_hard_world(folder, kind, seed, invented=invented, n_target=n_target)
         settings = demo_settings(folder / "demo", seed)
         values = settings.model_dump(mode="json")
         counts = WORLDS[kind].counts
