@@ -37,7 +37,7 @@ def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Pa
     # what is set for Prefect has to stand before it is imported
     prepare_environment(store)
     start_server()
-    from benchmarks.evidence import page, selection, training, tuning
+    from benchmarks.evidence import jobs, page, selection, training, tuning
     from benchmarks.evidence.studies import STUDIES
     from benchmarks.evidence.worlds import NotThere
 
@@ -46,7 +46,15 @@ def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Pa
             raise SystemExit(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
     for name in chosen:
         start, study = time.perf_counter(), STUDIES[name]
-        runner = tuning if study.variants else training if study.trained else selection
+        runner = (
+            tuning
+            if study.variants
+            else jobs
+            if study.presets
+            else training
+            if study.trained
+            else selection
+        )
         try:
             runner.run(study, seeds, store, kept / name)
         except NotThere as error:

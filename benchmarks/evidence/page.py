@@ -7,7 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.evidence import selection, tuning
+import numpy as np
+from scipy.stats import sem
+
+from benchmarks.evidence import jobs, selection, tuning
+from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.picture import Point, draw_precision, draw_trained
 from benchmarks.evidence.selection import Choice
 from benchmarks.evidence.studies import EVERYTHING, STUDIES, Study
@@ -37,6 +41,11 @@ DRAW = "random"
 RANDOM_HEADS = "random heads"
 ABOUT_AS_GOOD = 0.02
 """Two points of exact match."""
+OVER_TFIDF = 0.2
+"""Of precision: what choosing by heads has to add where words do not tell the target."""
+OVER_FULL, KEPT = 0.08, 0.9
+"""Of exact match on the target over full fine-tuning (the paper's 8.3 points), and on the old
+skills."""
 
 
 def write(kept: Path) -> Path:
@@ -48,6 +57,8 @@ def write(kept: Path) -> Path:
             parts += _trained(name, study, folder)
         elif study.variants and (folder / tuning.TABLE).exists():
             parts += _tuned(name, study, folder)
+        elif study.presets and (folder / jobs.TABLE).exists():
+            parts += _whole_jobs(name, study, folder)
         elif (folder / selection.TABLE).exists():
             parts += _chosen(name, study, folder)
     page = kept.parent / PAGE
@@ -88,6 +99,7 @@ def _chosen(name: str, study: Study, folder: Path) -> Iterator[str]:
             ]
             yield f"| {scorer} | {ranker} | {' | '.join(cells)} |"
         yield ""
+        yield from _bar(rows)
         yield from _answers(rows)
 
 
@@ -135,6 +147,27 @@ def _answers(rows: Mapping[tuple[str, str], list[Choice]]) -> Iterator[str]:
         if said:
             yield f"- {scorer} with {_of(ranker)}: {'; '.join(said)}."
     yield ""
+
+
+def _bar(rows: Mapping[tuple[str, str], list[Choice]]) -> Iterator[str]:
+    """Which of those whose heads were ranked are far above TF-IDF, and above random heads."""
+    tfidf = rows.get(("tfidf", NONE))
+    tried: dict[str, bool] = {}
+    for (scorer, ranker), of_arm in rows.items():
+        by_chance = rows.get((scorer, RANDOM_HEADS))
+        if ranker in (NONE, RANDOM_HEADS) or by_chance is None or tfidf is None:
+            continue
+        over_words, over_chance = _differences(of_arm, tfidf), _differences(of_arm, by_chance)
+        if len(over_chance) > 1:
+            tried[f"{scorer} with {_of(ranker)}"] = bool(
+                np.mean(over_words) >= OVER_TFIDF and np.mean(over_chance) > 2 * sem(over_chance)
+            )
+    if tried:
+        passed = [arm for arm, passes in tried.items() if passes]
+        yield (
+            f"At least {OVER_TFIDF:g} above TF-IDF, and above random heads by more than two "
+            f"standard errors: {', '.join(passed) or f'none of {len(tried)}'}.\n"
+        )
 
 
 def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
@@ -218,7 +251,47 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
         ]
         yield f"| {variant} | {' | '.join(cells)} |"
     yield ""
+    if full:
+        reached = [
+            variant
+            for variant, point in points.items()
+            if point.quality.mean >= points[EVERYTHING].quality.mean + OVER_FULL
+            and point.retention.mean >= KEPT
+        ]
+        yield (
+            f"With {OVER_FULL:g} over {EVERYTHING} on the target and {KEPT:g} on the old skills: "
+            f"{'; '.join(reached) or 'none'}.\n"
+        )
     yield from _cheapest({name: (point.quality, point.aer) for name, point in points.items()})
+
+
+def _whole_jobs(name: str, study: Study, folder: Path) -> Iterator[str]:
+    found = list(jobs.read(folder))
+    by_preset: dict[str, dict[int, Job]] = {}
+    for job in found:
+        by_preset.setdefault(job.preset, {})[job.seed] = job
+    default = by_preset["default"]
+    yield from _title(name, study, folder, {job.seed for job in found})
+    yield "Exact match on the target and on the old skills; gain: over default, paired by seed.\n"
+    yield "| preset | exact match | gain | old skills | clean of chosen | AER | of it selection |"
+    yield "|---|---|---|---|---|---|---|"
+    cost: dict[str, tuple[Interval | None, float | None]] = {}
+    for preset, of in by_preset.items():
+        gain = mean_interval([of[seed].quality - default[seed].quality for seed in sorted(of)])
+        quality = mean_interval([job.quality for job in of.values()])
+        aer = sum(job.aer for job in of.values()) / len(of)
+        cost[preset] = (quality, aer)
+        cells = [
+            str(quality),
+            "" if preset == "default" else f"{gain.mean:+.3f} ({_bounds(gain)})",
+            str(mean_interval([job.retention for job in of.values()])),
+            f"{sum(job.clean for job in of.values()) / sum(j.selected for j in of.values()):.3f}",
+            f"{aer:.2f}",
+            f"{sum(job.selection_share for job in of.values()) / len(of):.0%}",
+        ]
+        yield f"| {preset} | {' | '.join(cells)} |"
+    yield ""
+    yield from _cheapest(cost)
 
 
 def _cheapest(arms: Mapping[str, tuple[Interval | None, float | None]]) -> Iterator[str]:
@@ -281,11 +354,16 @@ def _mean_precision(of_arm: Sequence[Choice]) -> float:
     return sum(choice.precision for choice in of_arm) / len(of_arm)
 
 
+def _differences(a: Sequence[Choice], b: Sequence[Choice]) -> list[float]:
+    """Of precision, by seed."""
+    first, second = _seed_means(a, "precision"), _seed_means(b, "precision")
+    return [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
+
+
 def _gain(a: Sequence[Choice], b: Sequence[Choice]) -> Interval | None:
     """Of precision, paired by seed."""
-    first, second = _seed_means(a, "precision"), _seed_means(b, "precision")
-    shared = sorted(set(first) & set(second))
-    return mean_interval([first[seed] - second[seed] for seed in shared]) if shared else None
+    differences = _differences(a, b)
+    return mean_interval(differences) if differences else None
 
 
 def _precisions(found: Sequence[Choice]) -> dict[str, dict[tuple[str, str], Interval]]:

@@ -12,6 +12,7 @@ from benchmarks.evidence.worlds import (
     SMOLLM2,
     Prepare,
     based_on,
+    files_alone,
     gsm8k,
     hard,
     plain,
@@ -19,7 +20,7 @@ from benchmarks.evidence.worlds import (
     with_mistakes,
     within_hours,
 )
-from flows.presets import PRESETS
+from flows.presets import PRESETS, Preset
 from flows.settings import RunSettings
 from flows.settings_base import Rate
 
@@ -51,7 +52,7 @@ class Variant:
 @dataclass(frozen=True)
 class Study:
     """Worlds in each of which every ranker and scorer is tried: by whom it chooses, or, trained, by
-    what training on its choice gives; or every variant of training."""
+    what training on its choice gives; or every variant of training; or whole jobs by preset."""
 
     about: str
     worlds: Mapping[str, Prepare]
@@ -62,6 +63,7 @@ class Study:
     """Training sees the proxy samples too, as it does by default; else what a choice is worth shows
     better."""
     variants: tuple[Variant, ...] = ()
+    presets: tuple[Preset, ...] = ()
 
 
 def trained_as(study: Study, settings: RunSettings) -> RunSettings:
@@ -425,6 +427,12 @@ STUDIES: dict[str, Study] = {
             "scorers": tuple(name for name in SCORERS if name != "loss-shift"),
             "adaptations": ("full",),
         },
+    ),
+    "presets": Study(
+        "What does a job get that gives its files and a preset, and leaves all else as it is, on "
+        "the demo's world?",
+        {"plain": files_alone},
+        presets=("default", "cheap", "paper"),
     ),
     "tuning": Study(
         "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "

@@ -30,6 +30,13 @@ def plain(folder: Path, seed: int) -> RunSettings:
     return demo_settings(folder, seed)
 
 
+def files_alone(folder: Path, seed: int) -> RunSettings:
+    """The demo's files and base with no setting of the demo's own."""
+    values = plain(folder, seed).model_dump(mode="json", exclude_unset=True)
+    files = ("base", "target", "corpus", "evaluation", "seed", "threads")
+    return RunSettings.model_validate({name: values[name] for name in files})
+
+
 def hard(kind: Kind, *, n_proxy: int = 100, invented: bool = False, n_spare: int = 0) -> Prepare:
     """A hard world; its base is the one that learns in context where surfaces are invented.
 
