@@ -111,7 +111,7 @@ def check_inputs(
     scorer = scorers.make(settings.scoring.scorer, _scorer_options(settings), seed=seed)
     options = dict(settings.training.options)
     if settings.training.adaptation == "heads":
-        options.setdefault("include_kv", settings.heads.include_kv)
+        options.setdefault("slices", settings.heads.slices)
     adaptation = adaptations.make(settings.training.adaptation, options, seed=seed)
     where = _condition(settings.selection.where, scorer)
     evaluating = _evaluating(settings)

@@ -126,7 +126,7 @@ class _Planner:
     @property
     def by_heads(self) -> Plugin:
         """What head_proxy is tuned by."""
-        return Plugin.of("heads", Heads(self.settings.heads.include_kv))
+        return Plugin.of("heads", Heads(self.settings.heads.slices))
 
     @property
     def found_for_head_proxy(self) -> bool:

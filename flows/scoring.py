@@ -170,7 +170,7 @@ def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
     """The task heads alone, tuned on the proxy set."""
     assert heads is not None
     settings, inputs = run.settings.heads, run.inputs
-    by_heads = Plugin.of("heads", Heads(settings.include_kv))
+    by_heads = Plugin.of("heads", Heads(settings.slices))
     asked, n = settings.proxy_learning_rate, run.settings.proxy.samples
     training = with_rate(run, data, heads, by_heads, inputs.head_proxy_training, asked, lambda: n)
     with run.ledger.stage("head_proxy") as made:
@@ -179,7 +179,7 @@ def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
             inputs.base,
             heads=heads,
             target=data.target,
-            include_kv=settings.include_kv,
+            slices=settings.slices,
             training=training,
         )
         made.append(head_proxy)

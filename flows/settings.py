@@ -24,6 +24,7 @@ from flows.settings_base import (
 from flows.settings_compare import CompareSettings
 from flows.settings_errors import explain
 from flows.settings_ray import RaySettings
+from p2d_core.attention.layout import ROLES, Roles
 from p2d_core.errors import SettingsError
 
 MOST_BYTES = 2**20
@@ -163,8 +164,8 @@ class HeadsSettings(Section):
     """Of heads that share their K and V only the best becomes a task head."""
     average_over: Count = 1
     """Rank on so many draws of the proxy set and take the mean; each has its own proxy run."""
-    include_kv: bool = True
-    """Tune the K and V projections of the task heads' groups too."""
+    slices: Roles = ROLES
+    """Which of a task head's slices are tuned: q and o are its own, k and v its KV group's."""
     proxy_epochs: Positive = 3
     """Passes over the proxy samples when the task heads alone are tuned (head_proxy)."""
     proxy_learning_rate: Rate = "auto"

@@ -10,7 +10,7 @@ from p2d_core.adaptation.adaptations import SLICES, Attention, attention_slices
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.slices import TunedSlices
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.attention.layout import attention_layers
+from p2d_core.attention.layout import Roles, attention_layers
 from p2d_core.heads.head_map import HEADS, read_head_map
 from p2d_core.models import CapturedModel, load_model
 from p2d_core.samples.tokens import EncodedSample
@@ -43,16 +43,14 @@ def head_proxy_run(
     base: BaseModel,
     heads: ArtifactRef,
     target: ArtifactRef,
-    include_kv: bool,
+    slices: Roles,
     training: TrainingSpec,
 ) -> None:
     """The task heads' slices alone, tuned on the proxy set, for scorers that look through them."""
     captured = base.captured(runtime)
     model = load_model(captured.folder, base.precision, captured.device)
     head_map = read_head_map(heads.path / HEADS)
-    deltas = attach_head_deltas(
-        model, attention_layers(model), head_map.task_heads, include_kv=include_kv
-    )
+    deltas = attach_head_deltas(model, attention_layers(model), head_map.task_heads, slices)
     if _tune(making, runtime, captured, model, target, training, "head_proxy"):
         deltas.tuned().save(making.folder / SLICES)
 

@@ -41,7 +41,7 @@ class Variant:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Section -> settings."""
     rates: tuple[Rate, ...] = (4e-3,)
-    """Learning rates to choose from on a validation split."""
+    """Learning rates to choose from on a validation split; none: the best there is, searched."""
     data: str = SUBSET
     """What to train on: `SUBSET`, `EVERYTHING`, as much `BY_CHANCE`, the `PROXY` set alone (as the
     run's head_proxy), or the name of a draw in `draws.DRAWS`."""
@@ -147,20 +147,18 @@ ALL_RANKERS = (
     *RANDOM_HEADS,
 )
 
-RATES = (2e-3, 4e-3, 8e-3)
-"""Of the task heads, and of LoRA."""
-FULL_RATES = (1e-3, 2e-3, 4e-3)
+SEARCHED: tuple[Rate, ...] = ()
 
 
 def heads(name: str, epochs: int = 10, **changes: Any) -> Variant:
     """Head-masked training with other heads."""
-    return Variant(name, {"heads": changes, "training": {"epochs": epochs}}, RATES)
+    return Variant(name, {"heads": changes, "training": {"epochs": epochs}}, SEARCHED)
 
 
-def others(adaptation: str, rates: tuple[float, ...], **options: Any) -> Variant:
+def others(adaptation: str, **options: Any) -> Variant:
     """Other parameters than the task heads'."""
     training = {"adaptation": adaptation, "options": options}
-    return Variant(f"{adaptation} on the subset", {"training": training}, rates)
+    return Variant(f"{adaptation} on the subset", {"training": training}, SEARCHED)
 
 
 TUNING = (
@@ -172,13 +170,18 @@ TUNING = (
     heads("10% at random", ranker="random"),
     heads("10% by frobenius, 3 epochs", epochs=3),
     heads("10% by frobenius, 30 epochs", epochs=30),
-    Variant(
-        "10% by frobenius, q and o alone", {"training": {"options": {"include_kv": False}}}, RATES
+    *(
+        Variant(
+            f"10% by frobenius, {' and '.join(slices)} alone",
+            {"training": {"options": {"slices": slices}}},
+            SEARCHED,
+        )
+        for slices in ("qo", "qk", "vo", "q", "o")
     ),
-    others("attention", FULL_RATES),
-    others("lora", RATES, rank=4),
-    others("full", FULL_RATES),
-    Variant(EVERYTHING, {"training": {"adaptation": "full"}}, FULL_RATES, data=EVERYTHING),
+    others("attention"),
+    others("lora", rank=4),
+    others("full"),
+    Variant(EVERYTHING, {"training": {"adaptation": "full"}}, SEARCHED, data=EVERYTHING),
 )
 TWICE = {"training": {"epochs": 20}}
 DRAWN = (
@@ -437,8 +440,9 @@ STUDIES: dict[str, Study] = {
     "tuning": Study(
         "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "
         "on all of it?",
-        {"plain": by_two_gates},
+        {"plain": plain},
         variants=TUNING,
+        with_proxy=True,
     ),
     "with-proxy": Study(
         "Should training see the proxy samples too?",

@@ -1,8 +1,9 @@
 """What training gives, one thing changed at a time: what moves, on which samples, how long.
 
 Every variant trains on the subset that the study's run chooses, or on what it says. Its learning
-rate is the one of its rates that is best on a validation split, which is drawn like the evaluation
-samples; only with that one the evaluation samples are seen.
+rate is the one of its rates, or of all from 1e-3 up or down in halves of a power of ten, that is
+best on a validation split, which is drawn like the evaluation samples; only with that one the
+evaluation samples are seen.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from flows.launch import launch
 from flows.ledger import Ledger
 from flows.scoring import score_corpus, tune_heads
 from flows.settings import RunSettings
+from flows.settings_base import Rate
 from flows.stages import (
     Data,
     Run,
@@ -48,6 +50,7 @@ from flows.stages import (
     read_data,
     train,
 )
+from p2d_core.adaptation.rates import best_rate
 from p2d_core.affinity.head_activation import OUTPUTS
 from p2d_core.affinity.measuring import MEASURED
 from p2d_core.affinity.scoring import SCORES, STATE
@@ -157,9 +160,11 @@ def variants(study: Study, world: World, validation: Path) -> list[Trained]:
 def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Trained:
     """Trained with every rate, and what the best of them on the validation split gives."""
     subset = samples_of(variant, world)
-    tried: list[tuple[float, ArtifactRef, Run]] = []
+    tried: dict[Rate, tuple[float, ArtifactRef, Run]] = {}
     spent = 0.0
-    for rate in variant.rates:
+
+    def loss_at(rate: Rate) -> float:
+        nonlocal spent
         changed = dict(variant.changes)
         changed["training"] = {**changed.get("training", {}), "learning_rate": rate}
         run = world.run_of(changed)
@@ -170,8 +175,14 @@ def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Tr
             model = train(run, data, heads, subset)
         validation = evaluate(run, watched, variant.name, model)["target"]
         spent += _seconds(model) + _seconds(validation)
-        tried.append((_quality(validation, run), model, run))
-    quality, model, run = max(tried, key=lambda each: each[0])
+        tried[rate] = (_quality(validation, run), model, run)
+        return -tried[rate][0]
+
+    for rate in variant.rates:
+        loss_at(rate)
+    if not variant.rates:
+        best_rate(loss_at)
+    quality, model, run = max(tried.values(), key=lambda each: each[0])
     measured = evaluate(run, data, variant.name, model)
     return Trained(
         variant=variant.name,
@@ -183,7 +194,7 @@ def one_variant(variant: Variant, world: World, data: Data, watched: Data) -> Tr
         parameters=int(model.manifest.facts.get("trainable", 0)),
         selection_seconds=_selecting(world, run, SELECTING.get(variant.data, SELECTED)),
         training_seconds=_seconds(model),
-        search_seconds=spent - _seconds(model) if len(variant.rates) > 1 else 0.0,
+        search_seconds=spent - _seconds(model) if len(tried) > 1 else 0.0,
         full_seconds=0.0,
     )
 

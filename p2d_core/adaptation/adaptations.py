@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from p2d_core.adaptation.exact_lora import export_lora
 from p2d_core.adaptation.masked import attach_head_deltas
 from p2d_core.adaptation.slices import TunedSlices
-from p2d_core.attention.layout import AttentionLayer, all_heads, slices_of
+from p2d_core.attention.layout import ROLES, AttentionLayer, Roles, all_heads, slices_of
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.registry import Registry
 
@@ -62,7 +62,8 @@ class Heads:
     Source: P2D, arXiv 2605.21558.
     """
 
-    include_kv: bool = True
+    slices: Roles = ROLES
+    """Which of a head's slices move: q and o are its own, k and v those of its KV group."""
 
     version: ClassVar[str] = "1"
     needs_heads: ClassVar[bool] = True
@@ -73,7 +74,7 @@ class Heads:
     ) -> Attached:
         """Deltas on the slices; see `attach_head_deltas`."""
         assert heads is not None
-        deltas = attach_head_deltas(model, layers, heads.task_heads, include_kv=self.include_kv)
+        deltas = attach_head_deltas(model, layers, heads.task_heads, self.slices)
 
         def keep(folder: Path) -> None:
             tuned = deltas.tuned()

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from p2d_core.adaptation.slices import Block, TunedSlices, merged
-from p2d_core.attention.layout import AttentionLayer, slices_of
+from p2d_core.attention.layout import ROLES, AttentionLayer, Role, slices_of
 from p2d_core.errors import TrainingError
 
 
@@ -164,18 +164,19 @@ def attach_head_deltas(
     model: nn.Module,
     layers: Sequence[AttentionLayer],
     heads: Iterable[tuple[int, int]],
-    include_kv: bool = True,
+    roles: Sequence[Role] = ROLES,
 ) -> HeadDeltas:
     """Freezes the model and puts trainable deltas on the slices of these heads.
 
-    A head's slices are those of its q and o and, where ``include_kv``, of the k and v of its KV
-    group, which come once however many of the heads read them. Biases stay as they are.
+    A head's slices are those of its q and o and of the k and v of its KV group, as far as
+    ``roles`` has them; a group's come once however many of the heads read them. Biases stay as they
+    are.
 
     Raises:
         HeadMapError: a head is not in the model.
         TrainingError: there are no heads to tune.
     """
-    blocks = merged(slices_of(layers, heads, include_kv))
+    blocks = merged(slices_of(layers, heads, roles))
     if not blocks:
         raise TrainingError("no heads were given to tune, so that nothing could learn.")
     moved = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

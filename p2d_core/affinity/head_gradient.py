@@ -17,7 +17,7 @@ from p2d_core.adaptation.slices import merged
 from p2d_core.affinity.gradients import Sketch, few_at_once, output_gradients
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
-from p2d_core.attention.layout import slices_of
+from p2d_core.attention.layout import ROLES, Roles, slices_of
 from p2d_core.attention.structure import is_transposed
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
@@ -43,8 +43,8 @@ class HeadGradient(Scorer):
 
     dimensions: Annotated[int, Field(ge=1)] = 8192
     """A gradient of more values than this is projected to so many."""
-    include_kv: bool = True
-    """Look at the K and V projections of the task heads' groups too."""
+    slices: Roles = ROLES
+    """Of which of a head's slices: q and o are its own, k and v those of its KV group."""
     seed: int = 0
     """Of the projection."""
 
@@ -82,7 +82,7 @@ class HeadGradient(Scorer):
         self, model: CapturedModel, state: ScorerState, samples: Sequence[Sample]
     ) -> Tensor:
         heads = [(int(layer), int(head)) for layer, head in state["heads"]]
-        blocks = merged(slices_of(model.layers, heads, self.include_kv))
+        blocks = merged(slices_of(model.layers, heads, self.slices))
         modules = {path: model.model.get_submodule(path) for path in blocks}
         shapes = {path: list(module.weight.shape) for path, module in modules.items()}
         sizes = {path: len(index) * shapes[path][1 - dim] for path, (dim, index) in blocks.items()}

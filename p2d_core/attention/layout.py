@@ -6,14 +6,18 @@ Separate, fused, interleaved and transposed weights differ in nothing else.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from p2d_core.attention.kv_groups import kv_group_of
 from p2d_core.errors import HeadMapError
 
-ROLES = ("q", "k", "v", "o")
+Role = Literal["q", "k", "v", "o"]
+Roles = Annotated[tuple[Role, ...], Field(min_length=1)]
+ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,9 @@ def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
 
 
 def head_slices(
-    layer: AttentionLayer, head: int, include_kv: bool = True
+    layer: AttentionLayer, head: int, roles: Iterable[Role] = ROLES
 ) -> dict[str, WeightSlice]:
-    """The slices of one query head: its q and o, and its KV group's k and v.
+    """The slices of one query head by role: its q and o, and its KV group's k and v.
 
     Raises:
         HeadMapError: the layer has no such head.
@@ -102,8 +106,8 @@ def head_slices(
             f"{in_words(layer.n_query_heads, layer.n_kv_groups, layer.head_dim)}, counted from 0."
         )
     group = kv_group_of(head, layer.n_query_heads, layer.n_kv_groups)
-    slices = {}
-    for role in ROLES if include_kv else ("q", "o"):
+    slices: dict[str, WeightSlice] = {}
+    for role in roles:
         where = layer.roles[role]
         start = where.starts[group if role in "kv" else head]
         slices[role] = WeightSlice(where.module, where.dim, start, start + layer.head_dim)
@@ -111,7 +115,9 @@ def head_slices(
 
 
 def slices_of(
-    layers: Sequence[AttentionLayer], heads: Iterable[tuple[int, int]], include_kv: bool = True
+    layers: Sequence[AttentionLayer],
+    heads: Iterable[tuple[int, int]],
+    roles: Sequence[Role] = ROLES,
 ) -> list[WeightSlice]:
     """The slices of these (layer, head) pairs; what heads of one KV group share comes once.
 
@@ -124,7 +130,7 @@ def slices_of(
             raise HeadMapError(
                 f"head ({index}, {head}) is not in the model: it has layers 0 to {len(layers) - 1}."
             )
-        slices.update(dict.fromkeys(head_slices(layers[index], head, include_kv).values()))
+        slices.update(dict.fromkeys(head_slices(layers[index], head, roles).values()))
     return list(slices)
 
 
@@ -146,7 +152,7 @@ def by_role(weights: Mapping[str, Tensor], layer: AttentionLayer) -> dict[str, T
     Args:
         weights: module path -> a tensor of its weight's shape.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for role in ROLES:
         where = layer.roles[role]
         part = _part(weights[where.module], where, layer.head_dim)

@@ -117,7 +117,7 @@ CHANGES = [
     ("proxy", {"batch_size": 3}),
     ("heads", {"ranker": "gradient"}),
     ("heads", {"options": {"support": "values"}}),
-    ("heads", {"include_kv": False}),
+    ("heads", {"slices": ["q", "o"]}),
     ("heads", {"fraction": 0.3}),
     ("heads", {"max_per_layer": 2}),
     ("heads", {"one_per_kv_group": True}),
@@ -165,7 +165,7 @@ def test_a_changed_setting_reaches_the_stages(world, section, change):
         inputs = check_inputs(settings)
         direct = (
             settings.name, settings.proxy.samples, settings.proxy.held_out,
-            settings.evaluation.samples, settings.heads.include_kv, settings.heads.average_over,
+            settings.evaluation.samples, settings.heads.slices, settings.heads.average_over,
             settings.n_proxy_trained_on,
         )  # fmt: skip
         return inputs, make_runtime(settings, world, "run"), direct

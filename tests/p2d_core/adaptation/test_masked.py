@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 from transformers.pytorch_utils import Conv1D
 
 from p2d_core.adaptation.masked import Sliced, attach_head_deltas, sliced
-from p2d_core.attention.layout import all_heads, attention_layers, slices_of
+from p2d_core.attention.layout import ROLES, all_heads, attention_layers, slices_of
 from p2d_core.errors import HeadMapError, TrainingError
 from tests.tiny import tiny, tiny_llama, token_batch
 
@@ -38,10 +38,10 @@ def full_gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def mask_of(model, heads, include_kv=True):
+def mask_of(model, heads, roles=ROLES):
     """True where a weight is in a slice of these heads; made slice by slice."""
     masks = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
-    for piece in slices_of(attention_layers(model), heads, include_kv):
+    for piece in slices_of(attention_layers(model), heads, roles):
         weight = masks[f"{piece.module}.weight"]
         weight.narrow(piece.dim, piece.start, piece.stop - piece.start).fill_(True)
     return masks
@@ -69,13 +69,13 @@ def test_a_fresh_delta_changes_nothing():
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen2])
-@pytest.mark.parametrize("include_kv", [True, False])
-def test_a_deltas_gradient_is_the_masked_full_gradient(make, include_kv):
+@pytest.mark.parametrize("roles", [ROLES, ("q", "o"), ("v",)])
+def test_a_deltas_gradient_is_the_masked_full_gradient(make, roles):
     model = make()
     expected = full_gradients(model)
-    deltas = attach_head_deltas(model, attention_layers(model), HEADS, include_kv)
+    deltas = attach_head_deltas(model, attention_layers(model), HEADS, roles)
     loss_of(model).backward()
-    assert len(deltas.modules) == (12 if include_kv else 6)
+    assert len(deltas.modules) == 3 * len(roles)
     for path, module in deltas.modules.items():
         wanted = expected[f"{path}.weight"].index_select(module.dim, module.index)
         torch.testing.assert_close(module.delta.grad, wanted, atol=1e-6, rtol=1e-5)
@@ -124,12 +124,12 @@ def test_the_product_and_its_gradients_are_those_of_the_whole_weight(dim, kind, 
     torch.testing.assert_close(module.delta.grad, whole.grad.index_select(dim, index))
 
 
-@pytest.mark.parametrize("include_kv", [True, False])
-def test_after_training_only_the_slices_differ_bit_for_bit(include_kv):
+@pytest.mark.parametrize("roles", [ROLES, ("q", "o"), ("v",)])
+def test_after_training_only_the_slices_differ_bit_for_bit(roles):
     model = tiny_llama()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    masks = mask_of(model, HEADS, include_kv)
-    deltas = attach_head_deltas(model, attention_layers(model), HEADS, include_kv)
+    masks = mask_of(model, HEADS, roles)
+    deltas = attach_head_deltas(model, attention_layers(model), HEADS, roles)
     train(model, deltas)
     for name, weight in before.items():
         # while it trains too

@@ -121,7 +121,7 @@ def test_how_much_each_adaptation_moves():
 
 def test_heads_without_kv_leave_k_and_v_alone():
     model = tiny_llama()
-    adaptations.make("heads", {"include_kv": False}).attach(
+    adaptations.make("heads", {"slices": ("q", "o")}).attach(
         model, attention_layers(model), head_map(), "base"
     )
     assert n_trainable(model) == 2 * (8 + 8) * 64

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import normalize
 
 from p2d_core.affinity import Target, scorers
-from p2d_core.attention.layout import attention_layers, slices_of
+from p2d_core.attention.layout import ROLES, attention_layers, slices_of
 from p2d_core.heads.head_map import HeadMap
 from p2d_core.models import CapturedModel
 from p2d_core.response_loss import batch_loss
@@ -39,19 +39,19 @@ def cosines_one_by_one(model, encoded, gradient):
 
 
 @every_family
-@pytest.mark.parametrize("include_kv", [True, False])
-def test_head_gradient_is_that_of_the_heads_own_slices(family, include_kv, tmp_path):
+@pytest.mark.parametrize("slices", [ROLES, ("q", "o")])
+def test_head_gradient_is_that_of_the_heads_own_slices(family, slices, tmp_path):
     scores = torch.zeros(N_LAYERS, N_HEADS)
     for layer, head in HEADS:
         scores[layer, head] = 1
     heads = HeadMap.from_scores(scores, FAMILIES[family].n_kv_groups, len(HEADS) / scores.numel())
     captured, target = captured_family(family, tmp_path), samples(5)
-    scorer = scorers.make("head-gradient", {"dimensions": 10**6, "include_kv": include_kv})
+    scorer = scorers.make("head-gradient", {"dimensions": 10**6, "slices": slices})
     proxy = scorer.prepare(captured, heads, Target(target, ()))["proxy"]
     model = family_model(family)
 
     def gradient():
-        for piece in slices_of(attention_layers(family_model(family)), HEADS, include_kv):
+        for piece in slices_of(attention_layers(family_model(family)), HEADS, slices):
             grad = model.get_submodule(piece.module).weight.grad
             yield grad.narrow(piece.dim, piece.start, piece.stop - piece.start)
 

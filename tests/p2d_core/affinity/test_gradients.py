@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from p2d_core.affinity import scorers
 from p2d_core.affinity.gradients import Sketch, few_at_once
 from p2d_core.affinity.measuring import measure_shard
-from p2d_core.attention.layout import slices_of
+from p2d_core.attention.layout import ROLES, slices_of
 from tests.small_scoring import NO_TARGET, TARGET, affinities, samples
 
 
@@ -30,11 +30,11 @@ def flat(parts) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts]).double()
 
 
-@pytest.mark.parametrize("include_kv", [True, False])
-def test_head_gradient_is_the_cosine_of_the_slices_gradients(model, heads, include_kv):
+@pytest.mark.parametrize("slices", [ROLES, ("k", "v")])
+def test_head_gradient_is_the_cosine_of_the_slices_gradients(model, heads, slices):
     corpus = samples(7)
     network = copy.deepcopy(model.model).requires_grad_(True)
-    pieces = slices_of(model.layers, heads.task_heads, include_kv)
+    pieces = slices_of(model.layers, heads.task_heads, slices)
     weights = [network.get_submodule(piece.module).weight for piece in pieces]
 
     def unit_gradients(chosen):
@@ -50,12 +50,10 @@ def test_head_gradient_is_the_cosine_of_the_slices_gradients(model, heads, inclu
     wanted = normalize(unit_gradients(TARGET.proxy).mean(dim=0), dim=0)
     expected = (unit_gradients(corpus) @ wanted).numpy()
     assert np.ptp(expected) > 0.1
-    whole = {"dimensions": 10**6, "include_kv": include_kv}
+    whole = {"dimensions": 10**6, "slices": slices}
     got = affinities("head-gradient", model, heads, [corpus], **whole)
     np.testing.assert_allclose(got, expected, atol=1e-3)  # kept in float16
-    projected = affinities(
-        "head-gradient", model, heads, [corpus], dimensions=2048, include_kv=include_kv
-    )
+    projected = affinities("head-gradient", model, heads, [corpus], dimensions=2048, slices=slices)
     np.testing.assert_allclose(projected, expected, atol=4 * 2048**-0.5)
     assert not np.allclose(projected, got, atol=1e-4)
 

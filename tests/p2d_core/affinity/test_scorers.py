@@ -329,7 +329,7 @@ OTHERS = {
         "neighbours": 1, "shrinkage": 0.9, "depth": 0.5, "tokens": "response", "compare": "mean",
         "whiten": False,
     },
-    "head-gradient": {"dimensions": 8, "include_kv": False, "seed": 1},
+    "head-gradient": {"dimensions": 8, "slices": ("q",), "seed": 1},
     "head-influence": {"relative": True},
     "icl-attention": {
         "demonstrations": 2, "draws": 1, "bias": "per-token", "weigh_by_gain": True, "seed": 1,

@@ -182,7 +182,7 @@ def test_the_slices_of_a_head_worked_by_hand():
 
 def test_k_and_v_can_be_left_out():
     layer = attention_layers(tiny_llama())[0]
-    assert set(head_slices(layer, 0, include_kv=False)) == {"q", "o"}
+    assert set(head_slices(layer, 0, roles=("q", "o"))) == {"q", "o"}
 
 
 def test_what_two_heads_share_comes_once():
