@@ -14,7 +14,7 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
     "paper": {
         "heads": {"ranker": "spad"},
         "scoring": {"scorer": "icl-attention", "options": {"bias": "per-token"}},
-        "selection": {"match_lengths": False},
+        "selection": {"match_lengths": False, "replay": 0.0},
         "training": {"with_proxy": False},
     },
     # of whole jobs there (study gates) the default has the lowest AER within two points of the best

@@ -79,9 +79,7 @@ def make_summary(
             share_of_attention=facts["share_of_attention"],
             proxy_samples=facts["proxy_samples"],
             learning_rate=facts["learning_rate"],
-            rates_tried=dict(last["rate"].manifest.facts["tried"])
-            if settings.training.learning_rate == "auto"
-            else {},
+            **_search(last["rate"]) if settings.training.learning_rate == "auto" else {},
         ),
         quality=_quality(settings.evaluation.metric, evaluations),
         harness=_harness(benchmarks),
@@ -114,6 +112,11 @@ def rerun_command(store: Path, run_id: str, head_map: ArtifactRef | None) -> str
     words += ["--store", here] if here != "artifacts" else []
     words += ["--head-map", head_map.key] if head_map is not None else []
     return shlex.join(words)
+
+
+def _search(rate: ArtifactRef) -> dict[str, Any]:
+    facts = rate.manifest.facts
+    return {"rate_found": facts["learning_rate"], "rates_tried": dict(facts["tried"])}
 
 
 def _heads(heads: ArtifactRef) -> HeadsSummary:

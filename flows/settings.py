@@ -166,7 +166,7 @@ class HeadsSettings(Section):
     """Rank on so many draws of the proxy set and take the mean; each has its own proxy run."""
     slices: Roles = ROLES
     """Which of a task head's slices are tuned: q and o are its own, k and v its KV group's."""
-    proxy_epochs: Positive = 3
+    proxy_epochs: Positive = 10
     """Passes over the proxy samples when the task heads alone are tuned (head_proxy)."""
     proxy_learning_rate: Rate = "auto"
     """Peak learning rate of that tuning; auto: found as that of training."""
@@ -198,7 +198,7 @@ class SelectionSettings(Section):
     """Draw so that response lengths are spread as those of the proxy samples."""
     quotas: dict[str, Share] = {}
     """Share of the subset that a source gets, by the source's name; the others share the rest."""
-    replay: ShareOrZero = 0.0
+    replay: ShareOrZero = 0.2
     """Share of the subset drawn at random from the corpus' other sources, against forgetting."""
     where: str | None = None
     """SQL condition on the scores that a sample has to meet, such as "n_tokens < 200"."""
@@ -216,7 +216,7 @@ class TrainingSettings(Section):
     epochs: Positive = 3
     """Passes over the subset."""
     learning_rate: Rate = "auto"
-    """Peak of AdamW's; auto: of 1e-3, 3e-3 and so on that by which held-out samples fare best."""
+    """Peak of AdamW's; auto: the lowest of 1e-3, 3e-3, ... that is nearly best on held-out ones."""
     batch_size: Count = 8
     """Samples in a step."""
     group_by_length: bool = False

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from p2d_core.adaptation.adaptations import adaptations
-from p2d_core.adaptation.rates import best_rate
+from p2d_core.adaptation.rates import best_rate, gentle_rate
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.attention.layout import attention_layers
 from p2d_core.errors import NumericalError, TrainingError
@@ -26,10 +26,10 @@ from tasks.stage import BaseModel, Plugin, Runtime, stage
 from tasks.together import together
 
 TRIED = "tried.json"
-"""Learning rate -> mean loss (nats a response token) on the held-out proxy samples."""
+"""Learning rate -> mean loss (nats a response token) on the held-out proxy samples; 0: untuned."""
 
 
-@stage("rate", outside_key=("heads",), room=of_model, sent=as_it_is, together=True)
+@stage("rate", version="2", outside_key=("heads",), room=of_model, sent=as_it_is, together=True)
 def find_rate(
     making: Making,
     runtime: Runtime,
@@ -42,6 +42,7 @@ def find_rate(
 ) -> None:
     """Tunes on the proxy samples with several rates; keeps the loss of each on the held-out ones.
 
+    The lowest that is nearly as good as the best is the one to take.
     Rates that were tried before a kill are not tried again. The rate of ``training`` is not looked
     at.
     """
@@ -70,28 +71,13 @@ def find_rate(
         model = load_model(captured.folder, precision, captured.device)
         attached = plugin.attach(model, attention_layers(model), head_map, base.folder)
         try:
-            with progress_of(f"rate ({name})") as progress:
-                result = train(
-                    attached.model,
-                    proxy,
-                    replace(training, learning_rate=rate),
-                    pad_id=captured.pad_id,
-                    scratch=scratch / name,
-                    checkpoint_seconds=runtime.checkpoint_seconds,
-                    mixed_precision=base.precision == "bfloat16",
-                    gradient_checkpointing=runtime.gradient_checkpointing,
-                    progress=progress,
-                    # what is told for one training is not heard in the next
-                    processes=replace(processes, work=f"{processes.work}/{name}"),
-                )
-            before = result.seconds_before
-            making.tokens += result.tokens
+            if rate:
+                before = train_at(rate, attached.model)
             if processes.first:
                 loss = mean_loss(captured, attached.model, held_out)
         except (TrainingError, NumericalError):
             pass  # it ran away
         loss = processes.as_the_first_says(f"loss at {name}", loss)
-        making.samples += len(proxy)
         making.seconds_before += before
         done[name] = {"loss": loss, "seconds": time.monotonic() - start + before}
         if processes.first:
@@ -101,7 +87,30 @@ def find_rate(
             shutil.rmtree(scratch, ignore_errors=True)
         return loss
 
-    rate, losses = best_rate(loss_at)
+    def train_at(rate: float, model: Any) -> float:
+        making.samples += len(proxy)
+        name = f"{rate:g}"
+        with progress_of(f"rate ({name})") as progress:
+            result = train(
+                model,
+                proxy,
+                replace(training, learning_rate=rate),
+                pad_id=captured.pad_id,
+                scratch=scratch / name,
+                checkpoint_seconds=runtime.checkpoint_seconds,
+                mixed_precision=base.precision == "bfloat16",
+                gradient_checkpointing=runtime.gradient_checkpointing,
+                progress=progress,
+                # what is told for one training is not heard in the next
+                processes=replace(processes, work=f"{processes.work}/{name}"),
+            )
+        making.tokens += result.tokens
+        return result.seconds_before
+
+    untuned = loss_at(0.0)
+    _, losses = best_rate(loss_at)
+    rate = gentle_rate(losses, untuned)
+    losses[0.0] = untuned
     if not processes.first:
         return
     tried: dict[str, Any] = {f"{each:g}": losses[each] for each in sorted(losses)}

@@ -102,17 +102,18 @@ class TrainableSummary(BaseModel):
     """That every arm was trained on beside its own samples."""
     learning_rate: float = 0.0
     """Peak; 0 in runs that did not keep it."""
+    rate_found: float = 0.0
+    """The one to take of those that were tried; 0 if the rate was given."""
     rates_tried: dict[str, float | None] = {}
-    """Learning rate -> loss on held-out proxy samples, None where training ran away; empty if the
-    rate was given."""
+    """Learning rate (0: untuned) -> loss on held-out proxy samples, None where training ran away;
+    empty if the rate was given."""
 
     @property
     def rate_text(self) -> str:
-        """Such as 0.003 (held-out proxy samples: loss 0.39 at 0.001, 0.07 at 0.003)."""
+        """Such as 0.003 (held-out proxy samples: loss 5.1 at 0, 0.39 at 0.001, 0.07 at 0.003)."""
         rate = f"{self.learning_rate:g}"
-        found = {each: loss for each, loss in self.rates_tried.items() if loss is not None}
-        if found and (best := min(found, key=lambda each: found[each])) != rate:
-            rate += f", from {best} for more steps"
+        if self.rate_found not in (0.0, self.learning_rate):
+            rate += f", from {self.rate_found:g} for more steps"
         tried = ", ".join(
             f"none at {each}" if loss is None else f"{loss:.3g} at {each}"
             for each, loss in self.rates_tried.items()

@@ -167,9 +167,9 @@ TUNING = (
     heads("25% by frobenius", fraction=0.25),
     heads("10% by ablation", ranker="ablation"),
     heads("10% by spad", ranker="spad"),
+    heads("10% by gradient", ranker="gradient"),
     heads("10% at random", ranker="random"),
     heads("10% by frobenius, 3 epochs", epochs=3),
-    heads("10% by frobenius, 30 epochs", epochs=30),
     *(
         Variant(
             f"10% by frobenius, {' and '.join(slices)} alone",

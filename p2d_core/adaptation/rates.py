@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from p2d_core.errors import TrainingError
 
@@ -26,6 +26,27 @@ def rate_for(rate: float, tried: int, steps: int) -> float:
     Two significant digits. Source: arXiv 2409.19913, which found it in pre-training.
     """
     return float(f"{rate * min(1.0, tried / steps) ** 0.32:.2g}")
+
+
+GOOD_ENOUGH = 0.95
+"""Of what the best rate takes off the loss."""
+
+
+def gentle_rate(losses: Mapping[float, float], untuned: float) -> float:
+    """The lowest rate that takes nearly as much off the loss as the best one does.
+
+    The last few percent on few samples are bought with rates that make a training forget more, or
+    that a longer one does not bear. Source: ours; docs/evidence.md, study presets.
+
+    Args:
+        losses: by rate.
+        untuned: without training.
+    """
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    wanted = GOOD_ENOUGH * (untuned - losses[best])
+    if wanted <= 0:
+        return best
+    return min(rate for rate, loss in losses.items() if untuned - loss >= wanted)
 
 
 def best_rate(loss_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:

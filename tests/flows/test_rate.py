@@ -11,7 +11,7 @@ from flows.cli.screen import show_summary
 from flows.inputs import check_inputs
 from flows.looking import look_up
 from flows.plan import run_plan
-from p2d_core.adaptation.rates import rate_for
+from p2d_core.adaptation.rates import gentle_rate, rate_for
 from p2d_core.store import Store
 from tasks.rate import TRIED
 from tasks.summary import TrainableSummary
@@ -35,8 +35,10 @@ def rate_of(job, summary, stage="rate"):
 def test_the_best_on_the_held_out_proxy_samples_is_taken_for_both_trainings(job):
     found = rate_of(job, job.first)
     tried = json.loads((found.path / TRIED).read_text())
-    assert tried["learning_rate"] == float(min(tried["tried"], key=tried["tried"].get))
-    assert len(tried["tried"]) >= 3
+    losses = {float(rate): loss for rate, loss in tried["tried"].items()}
+    untuned = losses.pop(0.0)
+    assert tried["learning_rate"] == gentle_rate(losses, untuned)
+    assert len(losses) >= 3
     for stage in ("head_proxy", "model"):
         made = Store(job.store).resolve(job.first.artifacts[stage]).manifest
         assert made.settings["training"]["learning_rate"] == tried["learning_rate"]
@@ -61,7 +63,8 @@ def test_each_rate_is_tried_for_thirty_steps_at_least(job):
     assert more.rate_training.epochs == more.head_proxy_training.epochs == 12
     of_each = Store(job.store).resolve(job.first.artifacts["rate"]).manifest.cost["tokens"]
     once = Store(job.store).resolve(job.first.artifacts["head_proxy"]).manifest.cost["tokens"]
-    assert of_each == len(job.first.trainable.rates_tried) * 10 * once
+    # 0 is the base as it is
+    assert of_each == (len(job.first.trainable.rates_tried) - 1) * 10 * once
 
 
 def test_it_says_what_was_tried(job):
@@ -78,10 +81,10 @@ def test_it_says_what_was_tried(job):
 
 def test_a_rate_with_which_training_ran_away_is_named_too():
     moved = {"parameters": 1, "share_of_model": 0.1, "share_of_attention": 0.1}
-    tried = {"0.001": 1.25, "0.003": None}
-    trainable = TrainableSummary(**moved, learning_rate=1e-3, rates_tried=tried)
+    tried = {"0": 5.5, "0.001": 1.25, "0.003": None}
+    trainable = TrainableSummary(**moved, learning_rate=1e-3, rate_found=1e-3, rates_tried=tried)
     assert trainable.rate_text == (
-        "0.001 (held-out proxy samples: loss 1.25 at 0.001, none at 0.003)"
+        "0.001 (held-out proxy samples: loss 5.5 at 0, 1.25 at 0.001, none at 0.003)"
     )
     longer = trainable.model_copy(update={"learning_rate": 5.5e-4})
     assert longer.rate_text.startswith("0.00055, from 0.001 for more steps (held-out")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2d_core.adaptation.rates import MOST, best_rate, rate_at, rate_for
+from p2d_core.adaptation.rates import MOST, best_rate, gentle_rate, rate_at, rate_for
 from p2d_core.errors import TrainingError
 
 
@@ -58,3 +58,26 @@ def test_a_longer_training_gets_a_lower_rate(tried, steps, rate):
 def test_where_training_always_runs_away_the_error_says_what_to_look_at():
     with pytest.raises(TrainingError, match=r"every learning rate from 0.001 down to 1e-06\. Look"):
         best_rate(lambda rate: math.inf)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        # the best takes 9 off 10: 95% of it is 8.55, so that 1.45 is good enough and 1.5 is not
+        ({1e-3: 1.5, 3e-3: 1.45, 1e-2: 1.0, 3e-2: math.inf}, 3e-3),
+        ({1e-3: 1.5, 3e-3: 1.46, 1e-2: 1.0, 3e-2: 4.0}, 1e-2),
+        ({1e-3: 1.0, 3e-3: 1.0, 3e-4: 9.0}, 1e-3),
+        # where no rate is any good the best is the one that does least harm
+        ({1e-3: 12.0, 3e-3: 13.0, 3e-4: 11.0, 1e-4: 10.0, 3e-5: 10.0}, 3e-5),
+    ],
+)
+def test_the_lowest_rate_that_is_nearly_as_good_is_taken(losses, rate):
+    assert gentle_rate(losses, untuned=10.0) == rate
+
+
+@given(st.dictionaries(st.integers(-4, 4).map(rate_at), st.floats(0, 20), min_size=1))
+def test_a_gentle_rate_is_no_higher_than_the_best_and_no_worse_than_it_says(losses):
+    found = gentle_rate(losses, untuned=10.0)
+    best = min(losses, key=losses.get)
+    assert found <= best
+    assert 10.0 - losses[found] >= min(0.95 * (10.0 - losses[best]), 10.0 - losses[best])
