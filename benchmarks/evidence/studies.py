@@ -261,15 +261,23 @@ STUDIES: dict[str, Study] = {
         {"rankers": ("frobenius",), "scorers": ALL_SCORERS, "adaptations": ("full",)},
     ),
     "rankers": Study(
-        "Every ranker, and what is done with its scores, where words do not tell the target.",
+        "Every ranker, where words do not tell the target.",
+        {"renamed": hard("renamed")},
         {
-            "as they are": hard("renamed"),
-            "mean of 3 proxy draws": with_heads(hard("renamed", n_spare=200), average_over=3),
+            "rankers": ALL_RANKERS,
+            "scorers": ("head-filter", "head-activation", "head-proxy-loss"),
+            "adaptations": ("full",),
+        },
+    ),
+    "head-maps": Study(
+        "The same world: is a mean over proxy sets better, or heads that are spread?",
+        {
+            "mean of 3 proxy sets": with_heads(hard("renamed", n_spare=200), average_over=3),
             "one head a layer": with_heads(hard("renamed"), max_per_layer=1),
             "one head a KV group": with_heads(hard("renamed"), one_per_kv_group=True),
         },
         {
-            "rankers": ALL_RANKERS,
+            "rankers": ("frobenius", "spad", "random"),
             "scorers": ("head-filter", "head-activation", "head-proxy-loss"),
             "adaptations": ("full",),
         },
