@@ -173,7 +173,7 @@ TUNING = (
     *(
         Variant(
             f"10% by frobenius, {' and '.join(slices)} alone",
-            {"training": {"options": {"slices": slices}}},
+            {"training": {"options": {"slices": [*slices]}}},
             SEARCHED,
         )
         for slices in ("qo", "qk", "vo", "q", "o")
