@@ -227,9 +227,8 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
     yield (
         f"Exact match on the target and on the old skills; gain: over {what}, paired by seed. "
         + (
-            "The learning rate is the best on a validation split, searched from 1e-3 up or down in "
-            "halves of a power of ten until the next is no better; the AER is without that "
-            "search, whose seconds stand beside.\n"
+            "The learning rate is the best on a validation split; the AER is without that search, "
+            "whose seconds stand beside.\n"
             if searched
             else "One learning rate for all.\n"
             if one_rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,41 +147,52 @@ ALL_RANKERS = (
     *RANDOM_HEADS,
 )
 
+RATES = (2e-3, 4e-3, 8e-3)
+"""Of the task heads, and of LoRA."""
+FULL_RATES = (1e-3, 2e-3, 4e-3)
 SEARCHED: tuple[Rate, ...] = ()
 
 
 def heads(name: str, epochs: int = 10, **changes: Any) -> Variant:
     """Head-masked training with other heads."""
-    return Variant(name, {"heads": changes, "training": {"epochs": epochs}}, SEARCHED)
+    return Variant(name, {"heads": changes, "training": {"epochs": epochs}}, RATES)
 
 
-def others(adaptation: str, **options: Any) -> Variant:
+def slices(roles: str) -> Variant:
+    """Head-masked training of some of the heads' slices alone."""
+    name = f"10% by frobenius, {' and '.join(roles)} alone"
+    return Variant(name, {"training": {"options": {"slices": [*roles]}}}, RATES)
+
+
+def others(adaptation: str, rates: tuple[float, ...], **options: Any) -> Variant:
     """Other parameters than the task heads'."""
     training = {"adaptation": adaptation, "options": options}
-    return Variant(f"{adaptation} on the subset", {"training": training}, SEARCHED)
+    return Variant(f"{adaptation} on the subset", {"training": training}, rates)
 
 
+FULL = Variant(EVERYTHING, {"training": {"adaptation": "full"}}, FULL_RATES, data=EVERYTHING)
 TUNING = (
     heads("10% by frobenius"),
     heads("3% by frobenius", fraction=0.03),
     heads("25% by frobenius", fraction=0.25),
     heads("10% by ablation", ranker="ablation"),
     heads("10% by spad", ranker="spad"),
-    heads("10% by gradient", ranker="gradient"),
     heads("10% at random", ranker="random"),
     heads("10% by frobenius, 3 epochs", epochs=3),
-    *(
-        Variant(
-            f"10% by frobenius, {' and '.join(slices)} alone",
-            {"training": {"options": {"slices": [*slices]}}},
-            SEARCHED,
-        )
-        for slices in ("qo", "qk", "vo", "q", "o")
-    ),
-    others("attention"),
-    others("lora", rank=4),
-    others("full"),
-    Variant(EVERYTHING, {"training": {"adaptation": "full"}}, SEARCHED, data=EVERYTHING),
+    heads("10% by frobenius, 30 epochs", epochs=30),
+    slices("qo"),
+    others("attention", FULL_RATES),
+    others("lora", RATES, rank=4),
+    others("full", FULL_RATES),
+    FULL,
+)
+WITHOUT_A_GRID = (
+    heads("10% by frobenius"),
+    heads("25% by frobenius", fraction=0.25),
+    *(slices(roles) for roles in ("qk", "qo", "vo")),
+    others("attention", FULL_RATES),
+    others("lora", RATES, rank=4),
+    FULL,
 )
 TWICE = {"training": {"epochs": 20}}
 DRAWN = (
@@ -448,8 +459,14 @@ STUDIES: dict[str, Study] = {
     "tuning": Study(
         "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "
         "on all of it?",
-        {"plain": plain},
+        {"plain": by_two_gates},
         variants=TUNING,
+    ),
+    "searched": Study(
+        "The same where training sees the proxy samples too, each with the best of all learning "
+        "rates; and which of the heads' slices?",
+        {"plain": plain},
+        variants=tuple(replace(each, rates=SEARCHED) for each in WITHOUT_A_GRID),
         with_proxy=True,
     ),
     "with-proxy": Study(
