@@ -176,16 +176,17 @@ def _trained(name: str, study: Study, folder: Path) -> Iterator[str]:
     yield from _title(name, study, folder, {run.seed for run in runs})
     picture.draw(lines, metric, higher_is_better, folder / picture.PICTURE)
     yield f"![AER against {metric}](evidence/{name}/{picture.PICTURE})\n"
-    yield f"| arm | {metric} | retention | over random data | AER | parameters |"
-    yield "|---|---|---|---|---|---|"
+    yield f"| arm | {metric} | retention | over random data | over the best | AER | parameters |"
+    yield "|---|---|---|---|---|---|---|"
     for line in lines:
         moved = [run.parameters for run in runs if run.arm == line.arm and run.parameters]
         cells = [
             str(line.quality or ""),
             str(line.retention or ""),
-            f"{line.over_random.mean:+.3f} ({_bounds(line.over_random)})"
-            if line.over_random
-            else "",
+            *(
+                f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain else ""
+                for gain in (line.over_random, line.over_best)
+            ),
             f"{line.aer:.2f}" if line.aer is not None else "",
             f"{moved[0]:,}" if moved else "",
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -23,6 +24,8 @@ REGISTRIES = {
     "metrics": ("p2d_core.evaluation", "evaluation: {metric: NAME}"),
 }
 """Kind -> the module of its registry, and where the settings name one."""
+OF_COST_OR_SOURCE = re.compile(r"(Costs|Runs no model|Source:) .*")
+"""From there on a paragraph says it."""
 
 
 def described(kind: Kind) -> Iterator[str]:
@@ -51,10 +54,12 @@ def _default(option: Field[Any]) -> Any:
 
 
 def _meaning(plugin: Any) -> str:
-    """The first paragraph of its docstring, and what it costs if another one says so."""
-    paragraphs = [" ".join(each.split()) for each in (inspect.getdoc(plugin) or "").split("\n\n")]
-    costs = [each for each in paragraphs[1:] if each.startswith("Costs")]
-    return " ".join([*paragraphs[:1], *costs])
+    """The first paragraph of its docstring, and what others say of its cost and its source."""
+    first, *others = (
+        " ".join(each.split()) for each in (inspect.getdoc(plugin) or "").split("\n\n")
+    )
+    told = [found.group() for each in others if (found := OF_COST_OR_SOURCE.search(each))]
+    return " ".join([first, *told])
 
 
 def _meanings(plugin: Any) -> dict[str, str]:

@@ -137,6 +137,7 @@ def _write_arm(
         "quality": line.quality.mean if line.quality else None,
         "retention": line.retention.mean if line.retention else None,
         "gain over random data": line.over_random.mean if line.over_random else None,
+        "gain over the best arm": line.over_best.mean if line.over_best else None,
         "AER": line.aer,
         "parameters": parameters,
         "runs": line.runs,
