@@ -337,7 +337,6 @@ SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "bm25": 0.5}}
     [
         ("rds-plus", {}),
         ("head-gradient", {"dimensions": 256}),
-        ("less", {"epochs": 1, "dimensions": 256}),
         ("bm25", {}),
         ("sum", SUM),
     ],

@@ -170,6 +170,7 @@ def test_a_worker_killed_while_it_measures_costs_nothing_but_time(job, address, 
     assert_same_artifacts(store, job.store)
 
 
+@pytest.mark.slow
 def test_arms_on_ray_are_those_of_engine_local_and_nothing_stays_of_a_cluster_of_our_own(job):
     store = job.folder / "arms"
     before = ray_processes()
