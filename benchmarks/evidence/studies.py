@@ -276,7 +276,7 @@ STUDIES: dict[str, Study] = {
         {"renamed": hard("renamed")},
         {
             "rankers": ALL_RANKERS,
-            "scorers": ("head-filter", "head-activation", "head-proxy-loss"),
+            "scorers": ("head-filter", "head-activation", "head-proxy-loss", "tfidf", "random"),
             "adaptations": ("full",),
         },
     ),
