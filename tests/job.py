@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"source": {"path": "evaluation.jsonl"}},
     "proxy": {"samples": 20, "held_out": 20, "epochs": 1},
     "heads": {"ranker": "frobenius", "proxy_epochs": 1, "proxy_learning_rate": 3e-4},
+    "selection": {"replay": 0.0},
     "training": {"epochs": 1, "learning_rate": 3e-4},
     "arms": {
         "random": False,
