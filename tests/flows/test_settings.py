@@ -193,6 +193,14 @@ def test_options_of_a_preset_belong_to_its_plugin():
     assert same.scoring.options == {"bias": "per-token"}
 
 
+def test_the_learning_rate_of_a_preset_is_that_of_its_adaptation():
+    given = {"base": "b", "target": {"path": "t"}, "preset": "cheap"}
+    assert RunSettings.model_validate(given).training.learning_rate == 3e-3
+    lora = RunSettings.model_validate({**given, "training": {"adaptation": "lora"}})
+    assert (lora.training.adaptation, lora.training.learning_rate) == ("lora", "auto")
+    assert lora.heads.proxy_learning_rate == 3e-3
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_one_that_a_run_takes(world, preset):
     """Its plugins are there and take its options."""
