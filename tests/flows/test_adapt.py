@@ -336,7 +336,6 @@ SUM = {"parts": {"head-activation": 1.0, "loss-shift": 0.5, "bm25": 0.5}}
     ("scorer", "options"),
     [
         ("rds-plus", {}),
-        ("head-gradient", {"dimensions": 256}),
         ("bm25", {}),
         ("sum", SUM),
     ],
