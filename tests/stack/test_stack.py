@@ -164,6 +164,7 @@ def test_a_bad_parameter_is_refused_when_the_run_is_created(stack, deployed, cha
     assert told in answer.text
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_there_fails_the_run_with_the_place_and_the_cure(stack, deployed, store):
     nightly = deployed["adapt-nightly"]
     settings = parameters_of(stack, nightly)["settings"] | {"target": {"path": "nowhere.jsonl"}}
