@@ -9,6 +9,12 @@ from pydantic import BaseModel, ValidationError
 
 from flows.plain_yaml import shortened
 
+IN_YAML = {
+    "a valid tuple": "a list, such as [first, second]",
+    "Tuple should have": "The list should have",
+    "a valid dictionary": "a mapping of names to values",
+}
+
 
 def explain(error: ValidationError, file: Path, root: type[BaseModel]) -> str:
     """Every problem in a line: the key, what was given, what would do.
@@ -33,6 +39,8 @@ def explain(error: ValidationError, file: Path, root: type[BaseModel]) -> str:
             given, meaning = shortened(problems[0]["input"]), _help(place, root)
             wrong = ", or ".join([problem["msg"] for problem in problems])
             wrong = wrong.replace(", or Input should be ", ", or ")
+            for pythons, of_yaml in IN_YAML.items():
+                wrong = wrong.replace(pythons, of_yaml)
             lines.append(f"{file}: `{key}` was {given}. {wrong}. {meaning}")
     return "\n".join(line.rstrip() for line in lines)
 

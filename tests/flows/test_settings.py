@@ -74,6 +74,26 @@ def test_a_tag_that_mlflow_would_refuse_after_the_run_is_refused_before(tmp_path
         parse_settings(values, tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ({"slices": "qo"}, r"`heads.slices` was 'qo'\. Input should be a list, such as \[first,"),
+        (
+            {"slices": ["q", "w"]},
+            r"`heads.slices.1` was 'w'\. Input should be 'q', 'k', 'v' or 'o'",
+        ),
+        ({"slices": []}, r"`heads.slices` was \[\]\. The list should have at least 1 item"),
+        (
+            {"options": "values"},
+            r"`heads.options` was 'values'\. Input should be a mapping of names",
+        ),
+    ],
+)
+def test_what_is_no_list_or_mapping_is_told_in_the_words_of_yaml(heads, said):
+    with pytest.raises(SettingsError, match=said):
+        parse_settings({"base": "b", "target": {"path": "t"}, "heads": heads}, Path("my.yaml"))
+
+
 def test_a_file_that_is_not_there_says_how_to_get_one(tmp_path):
     with pytest.raises(SettingsError, match=r"run.yaml: there is no such file. `p2d config >"):
         load_settings(tmp_path / "run.yaml")
