@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flows.plain_yaml import shortened
 IN_YAML = {
     "a valid tuple": "a list, such as [first, second]",
     "Tuple should have": "The list should have",
-    "a valid dictionary": "a mapping of names to values",
+    r"a valid dictionary( or instance of \w+)?": "a mapping of names to values",
 }
 
 
@@ -40,7 +41,7 @@ def explain(error: ValidationError, file: Path, root: type[BaseModel]) -> str:
             wrong = ", or ".join([problem["msg"] for problem in problems])
             wrong = wrong.replace(", or Input should be ", ", or ")
             for pythons, of_yaml in IN_YAML.items():
-                wrong = wrong.replace(pythons, of_yaml)
+                wrong = re.sub(pythons, of_yaml, wrong)
             lines.append(f"{file}: `{key}` was {given}. {wrong}. {meaning}")
     return "\n".join(line.rstrip() for line in lines)
 
