@@ -77,6 +77,7 @@ def test_a_tag_that_mlflow_would_refuse_after_the_run_is_refused_before(tmp_path
 @pytest.mark.parametrize(
     ("heads", "said"),
     [
+        (3, r"`heads` was 3\. Input should be a mapping of names to values\.$"),
         ({"slices": "qo"}, r"`heads.slices` was 'qo'\. Input should be a list, such as \[first,"),
         (
             {"slices": ["q", "w"]},
