@@ -33,20 +33,19 @@ GOOD_ENOUGH = 0.95
 
 
 def gentle_rate(losses: Mapping[float, float], untuned: float) -> float:
-    """The lowest rate that takes nearly as much off the loss as the best one does.
+    """The best rate, or the next lower one if that takes nearly as much off the loss.
 
-    The last few percent on few samples are bought with rates that make a training forget more, or
-    that a longer one does not bear. Source: ours; docs/evidence.md, study presets.
+    The last few percent on few samples are bought with a rate at the edge of what training bears,
+    and at which it forgets more. Source: ours; docs/evidence.md, studies rates and presets.
 
     Args:
         losses: by rate.
         untuned: without training.
     """
     best = min(losses, key=lambda rate: (losses[rate], rate))
-    wanted = GOOD_ENOUGH * (untuned - losses[best])
-    if wanted <= 0:
-        return best
-    return min(rate for rate, loss in losses.items() if untuned - loss >= wanted)
+    lower = max((rate for rate in losses if rate < best), default=best)
+    enough = GOOD_ENOUGH * (untuned - losses[best])
+    return lower if 0 < enough <= untuned - losses[lower] else best
 
 
 def best_rate(loss_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:
