@@ -26,8 +26,13 @@ Prepare = Callable[[Path, int], RunSettings]
 
 
 def plain(folder: Path, seed: int) -> RunSettings:
-    """The demo."""
-    return demo_settings(folder, seed)
+    """The demo, with the learning rate of full fine-tuning that its tables were made with.
+
+    The one that study searched finds, and the demo has now, is lower and gives .03 to .10 more.
+    """
+    settings = demo_settings(folder, seed)
+    arms = settings.arms.model_copy(update={"full_learning_rate": 4e-3})
+    return settings.model_copy(update={"arms": arms})
 
 
 def files_alone(folder: Path, seed: int) -> RunSettings:
