@@ -216,7 +216,7 @@ class TrainingSettings(Section):
     epochs: Positive = 3
     """Passes over the subset."""
     learning_rate: Rate = "auto"
-    """Peak of AdamW's; auto: of 1e-3, 3e-3, ... the best on held-out samples, or just below."""
+    """Peak of AdamW's; auto: of 1e-3, 3e-3, ... the best on held-out samples, off the edge."""
     batch_size: Count = 8
     """Samples in a step."""
     group_by_length: bool = False

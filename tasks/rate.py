@@ -42,8 +42,9 @@ def find_rate(
 ) -> None:
     """Tunes on the proxy samples with several rates; keeps the loss of each on the held-out ones.
 
-    The one to take is the best, or the next lower one if it is nearly as good. Rates that were
-    tried before a kill are not tried again. The rate of ``training`` is not looked at.
+    The one to take is the best, or, if that is at the edge of what training bears, the next lower
+    one. Rates that were tried before a kill are not tried again. The rate of ``training`` is not
+    looked at.
     """
     # seconds to import, and a run that reuses everything does without
     from p2d_core.adaptation.training import train

@@ -33,19 +33,27 @@ GOOD_ENOUGH = 0.95
 
 
 def gentle_rate(losses: Mapping[float, float], untuned: float) -> float:
-    """The best rate, or the next lower one if that takes nearly as much off the loss.
+    """The best rate; next to one that is not good enough any more the lower one, if that is.
 
-    The last few percent on few samples are bought with a rate at the edge of what training bears,
-    and at which it forgets more. Source: ours; docs/evidence.md, studies rates and presets.
+    At the edge of what a training bears the last few percent on few samples are bought with more
+    that is forgotten, and another draw of the data can run away. Source: ours; docs/evidence.md,
+    studies rates and presets.
 
     Args:
         losses: by rate.
         untuned: without training.
     """
-    best = min(losses, key=lambda rate: (losses[rate], rate))
-    lower = max((rate for rate in losses if rate < best), default=best)
-    enough = GOOD_ENOUGH * (untuned - losses[best])
-    return lower if 0 < enough <= untuned - losses[lower] else best
+    rates = sorted(losses)
+    place = min(range(len(rates)), key=lambda each: losses[rates[each]])
+    best = losses[rates[place]]
+
+    def is_good_enough(rate: float) -> bool:
+        return untuned - losses[rate] >= GOOD_ENOUGH * (untuned - best)
+
+    at_the_edge = not all(map(is_good_enough, rates[place + 1 : place + 2]))
+    if best < untuned and at_the_edge and place > 0 and is_good_enough(rates[place - 1]):
+        return rates[place - 1]
+    return rates[place]
 
 
 def best_rate(loss_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:

@@ -66,14 +66,18 @@ def test_where_training_always_runs_away_the_error_says_what_to_look_at():
         # the best takes 9 off 10: 95% of it is 8.55, so that 1.45 is good enough and 1.5 is not
         ({1e-3: 1.5, 3e-3: 1.45, 1e-2: 1.0, 3e-2: math.inf}, 3e-3),
         ({1e-3: 1.5, 3e-3: 1.46, 1e-2: 1.0, 3e-2: 4.0}, 1e-2),
+        # the next higher one would do too: the best is far from where training runs away
+        ({1e-3: 1.2, 3e-3: 1.0, 1e-2: 1.1}, 3e-3),
+        ({1e-3: 1.2, 3e-3: 1.0, 1e-2: 1.46}, 1e-3),
         # lower still would be too little where training lasts longer
         ({1e-3: 1.2, 3e-3: 1.1, 1e-2: 1.0, 3e-2: 4.0}, 3e-3),
         ({1e-3: 1.0, 3e-3: 1.0, 3e-4: 9.0}, 1e-3),
+        ({1e-3: 1.2, 3e-3: 1.0}, 3e-3),  # no higher one was tried
         # where no rate is any good the best is the one that does least harm
         ({1e-3: 12.0, 3e-3: 13.0, 3e-4: 11.0, 1e-4: 10.0, 3e-5: 10.0}, 3e-5),
     ],
 )
-def test_the_next_lower_rate_is_taken_where_it_is_nearly_as_good(losses, rate):
+def test_at_the_edge_the_next_lower_rate_is_taken_where_it_is_nearly_as_good(losses, rate):
     assert gentle_rate(losses, untuned=10.0) == rate
 
 
