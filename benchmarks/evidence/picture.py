@@ -25,21 +25,30 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
         best[scorer] = max(best.get(scorer, 0.0), interval.mean)
     scorers = sorted(best, key=lambda scorer: best[scorer])
     rankers = sorted({ranker for rows in worlds.values() for _, ranker in rows})
+    arms = sorted({arm for rows in worlds.values() for arm in rows})
+    beside = {each: [ranker for scorer, ranker in arms if scorer == each] for each in scorers}
+    most = max(map(len, beside.values()))
     columns = math.ceil(math.sqrt(len(worlds)))
     n_rows = math.ceil(len(worlds) / columns)
     figure = Figure(
-        figsize=(3.6 * columns + 1, (0.36 * len(scorers) + 0.7) * n_rows + 0.5), dpi=130,
-        layout="constrained",
+        figsize=(
+            3.6 * columns + 2,
+            (max(0.36, 0.13 * most) * len(scorers) + 0.7) * n_rows + 0.5,
+        ),
+        dpi=130, layout="constrained",
     )  # fmt: skip
     FigureCanvasAgg(figure)
     panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (world, rows) in zip(panels, worlds.items(), strict=False):
         for (scorer, ranker), interval in rows.items():
-            place = scorers.index(scorer) + 0.16 * (rankers.index(ranker) - (len(rankers) - 1) / 2)
+            own = beside[scorer]
+            place = scorers.index(scorer) + min(0.16, 0.8 / most) * (
+                own.index(ranker) - (len(own) - 1) / 2
+            )
             half = interval.high - interval.mean if interval.n > 1 else 0
             panel.errorbar(
                 interval.mean, place, xerr=half, marker=MARKERS.get(ranker, "v"), markersize=4.5,
-                color=f"C{rankers.index(ranker)}", capsize=2, linestyle="",
+                color=f"C{rankers.index(ranker) % 10}", capsize=2, linestyle="",
             )  # fmt: skip
         panel.set_title(world, fontsize=9)
         panel.set_xlim(-0.03, 1.03)
@@ -50,11 +59,12 @@ def draw_precision(worlds: Mapping[str, Mapping[tuple[str, str], Interval]], pat
         panel.set_axis_off()
     figure.supxlabel("precision", fontsize=9)
     handles = [
-        Line2D([], [], color=f"C{number}", marker=MARKERS.get(ranker, "v"), linestyle="",
+        Line2D([], [], color=f"C{number % 10}", marker=MARKERS.get(ranker, "v"), linestyle="",
                label="looks at no heads" if ranker == NONE else ranker)
         for number, ranker in enumerate(rankers)
     ]  # fmt: skip
-    figure.legend(handles=handles, fontsize=8, loc="outside upper center", ncols=len(handles))
+    ncols = min(len(handles), 3 * columns)
+    figure.legend(handles=handles, fontsize=8, loc="outside upper center", ncols=ncols)
     figure.savefig(path)
 
 
