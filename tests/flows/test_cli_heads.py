@@ -83,6 +83,7 @@ def test_stability_again_computes_nothing(p2d, folder):
     assert again["rankers"]["frobenius"] == first["rankers"]["frobenius"]
 
 
+@pytest.mark.slow
 def test_a_run_can_take_the_mean_over_the_draws(p2d, folder):
     maps = json.loads((folder / "heads_stability.json").read_text())["maps"]["frobenius"]
     settings = load_settings(write_settings(folder, "average_over: 3, max_per_layer: 1"))

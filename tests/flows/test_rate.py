@@ -112,6 +112,7 @@ def test_a_rate_that_is_given_is_not_searched_for(job):
     assert (done.trainable.learning_rate, done.trainable.rate_text) == (3e-3, "0.003")
 
 
+@pytest.mark.slow
 def test_other_adaptations_have_searches_of_their_own_and_full_fine_tuning_is_free(job):
     done = job.run(
         training={"adaptation": "lora", "options": {"rank": 2}},

@@ -221,7 +221,6 @@ def test_the_arms_of_a_comparison_are_charted(recorded, browser):
             "Arms of comparisons",
             "head-filter, frobenius, heads, 10%",
             "gain over random data",
-            "gain over the best arm",
         )
         page.locator(".js-plotly-plot .bars .point").first.wait_for()
         page.screenshot(path=recorded.folder / "comparison.png")
