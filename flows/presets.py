@@ -18,9 +18,8 @@ PRESETS: dict[Preset, dict[str, dict[str, Any]]] = {
         "training": {"with_proxy": False},
     },
     # as the default, without what is found at a cost (study presets): the search for a rate, in
-    # place of which stands what it finds for the heads of every base that was tried (the demo's,
-    # examples/tiny_base.py, SmolLM2-135M-Instruct); samples that gates need not measure where they
-    # let pass more than are wanted; and what it is held against
+    # place of which stands what it finds for the heads of the demo's base; samples that gates need
+    # not measure where they let pass more than are wanted; and what it is held against
     "cheap": {
         "arms": {"random": False},
         "heads": {"proxy_learning_rate": 3e-3},

@@ -14,8 +14,9 @@ from benchmarks.evidence import jobs, selection, tuning
 from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.picture import Point, draw_precision, draw_trained
 from benchmarks.evidence.selection import Choice
-from benchmarks.evidence.studies import EVERYTHING, STUDIES, Study
+from benchmarks.evidence.studies import STUDIES, Study
 from benchmarks.evidence.tuning import Trained
+from benchmarks.evidence.variants import EVERYTHING
 from flows.settings import RunSettings
 from p2d_core.comparison import arms, picture
 from p2d_core.comparison.arms import NONE

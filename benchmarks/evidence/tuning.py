@@ -24,15 +24,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from benchmarks.evidence.draws import DRAWS, Passed
-from benchmarks.evidence.studies import (
-    BY_CHANCE,
-    EVERYTHING,
-    PROXY,
-    SUBSET,
-    Study,
-    Variant,
-    trained_as,
-)
+from benchmarks.evidence.studies import Study, trained_as
+from benchmarks.evidence.variants import BY_CHANCE, EVERYTHING, PROXY, SUBSET, Variant
 from flows.inputs import check_inputs, make_runtime
 from flows.launch import launch
 from flows.ledger import Ledger

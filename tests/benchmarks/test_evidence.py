@@ -8,8 +8,9 @@ import pytest
 from benchmarks.evidence import jobs, page, selection, tuning
 from benchmarks.evidence.draws import DRAWS, Passed
 from benchmarks.evidence.selection import Choice
-from benchmarks.evidence.studies import EVERYTHING, STUDIES, Study, Variant
+from benchmarks.evidence.studies import STUDIES, Study
 from benchmarks.evidence.tuning import Trained
+from benchmarks.evidence.variants import EVERYTHING, Variant
 from benchmarks.evidence.worlds import hard, plain
 from flows.settings import RunSettings
 from flows.settings_compare import CompareSettings
