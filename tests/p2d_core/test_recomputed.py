@@ -112,18 +112,40 @@ def test_what_is_drawn_at_random_is_not_drawn_again(random):
         assert torch.equal(got, wanted)
 
 
-def test_under_autocast_a_norm_runs_again_as_it_ran():
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
-    x = torch.randn(5, 8)
+class Cubed(nn.Module):
+    """Keeps what it was given; autocast makes squared errors in float32, on the CPU too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * nn.functional.mse_loss(x, torch.zeros_like(x), reduction="none")
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.scale = nn.Linear(8, 8), Cubed(), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.up(x)) * self.scale
+
+
+def test_under_autocast_it_runs_again_as_it_ran():
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(5, 8)
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16):
             return model(x).float().sum()
 
     expected = gradients(model, loss())
-    with recomputed_activations(model):
-        again = loss()
-    for got, wanted in zip(gradients(model, again), expected, strict=True):
+    before, _held = kept(model, loss)
+
+    def again():
+        with recomputed_activations(model):
+            return loss()
+
+    after, held = kept(model, again)
+    assert after < before
+    for got, wanted in zip(gradients(model, held), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
