@@ -153,7 +153,7 @@ class HeadsSettings(Section):
     """Which query heads count as task heads."""
 
     ranker: str = "frobenius"
-    """frobenius, spad, ablation, gradient, taylor; random or bottom (controls)."""
+    """frobenius, spad, ablation, gradient, taylor; random, bottom or layer (controls)."""
     options: dict[str, Any] = {}
     """Settings of that ranker, for instance {support: values} of spad."""
     fraction: Share = 0.1

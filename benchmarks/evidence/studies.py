@@ -155,6 +155,10 @@ SMOLLM2_WRONG = with_mistakes(
     based_on(SMOLLM2, within_hours(gsm8k(n_target=90, n_code=1, base=SMOLLM2.folder.name))),
     counts=(300, 100, 200),
 )
+LAYERS: tuple[dict[str, Any], ...] = tuple(
+    {"name": "layer", "options": {"layer": layer}, "fraction": 0.25, "label": f"layer {layer}"}
+    for layer in range(4)
+)
 ALL_HEADS = {"name": "random", "fraction": 1.0, "label": "all heads"}
 AS_THE_PAPER = {"name": "icl-attention", "options": PRESETS["paper"]["scoring"]["options"]}
 
@@ -236,6 +240,30 @@ STUDIES: dict[str, Study] = {
                 "head-activation",
                 "tfidf",
                 "rds-plus",
+                "random",
+            ),
+            "adaptations": ("full",),
+        },
+    ),
+    "in-context-layers": Study(
+        "The same base: are all heads of one layer better to choose by than the task heads, and is "
+        "attention a token, as the papers have it, better than with length and place taken off?",
+        {"renamed": hard("renamed", invented=True)},
+        {
+            "rankers": ("frobenius", *RANDOM_HEADS, ALL_HEADS, *LAYERS),
+            "scorers": (
+                {"name": "icl-attention", "options": {"draws": 4}},
+                {
+                    "name": "icl-attention",
+                    "options": {"draws": 4, "bias": "per-token"},
+                    "label": "icl-attention, per token",
+                },
+                {
+                    "name": "icl-attention",
+                    "options": {"draws": 4, "weigh_by_gain": True},
+                    "label": "icl-attention, by gain",
+                },
+                "tfidf",
                 "random",
             ),
             "adaptations": ("full",),

@@ -9,7 +9,7 @@ from p2d_core.comparison.arms import BASE, BASELINES, EVERYTHING, NONE, RANDOM, 
 from p2d_core.comparison.statistics import Interval, mean_interval, paired_difference
 
 ON_FRONT = "Which arms are on the Pareto front of AER and quality?"
-CONTROLS = (RANDOM, "bottom")
+CONTROLS = (RANDOM, "bottom", "layer")
 """Rankers whose heads are not those that the task needs."""
 
 

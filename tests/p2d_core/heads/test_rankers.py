@@ -26,7 +26,7 @@ from p2d_core.heads.spad import Spad, head_matrices, spad
 from p2d_core.samples.tokens import EncodedSample
 from tests.tiny import tiny_llama
 
-NAMES = ["ablation", "bottom", "frobenius", "gradient", "random", "spad", "taylor"]
+NAMES = ["ablation", "bottom", "frobenius", "gradient", "layer", "random", "spad", "taylor"]
 
 
 def samples(n=6, seed=0):
@@ -94,7 +94,7 @@ def test_a_ranker_scores_every_head_reports_progress_and_leaves_the_model_as_it_
     assert ranker.version
     assert is_as_before(before)
     assert not model().training
-    if name != "random":
+    if name not in ("random", "layer"):  # these have nothing to wait for
         assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
@@ -369,6 +369,16 @@ def test_the_bottom_of_a_ranking_is_its_worst_heads():
     assert torch.equal(of_random.rank(given_), -random)
     assert not of_random.needs_proxy_run
     assert rankers.make("bottom", {}).needs_proxy_run
+
+
+def test_a_layer_s_heads_are_all_of_the_task_heads_or_none():
+    scores = rankers.make("layer", {"layer": 1}).rank(evidence())
+    task_heads = HeadMap.from_scores(scores, 4, 1 / 3).task_heads
+    assert sorted(task_heads) == [(1, head) for head in range(8)]
+    with pytest.raises(SettingsError, match="`layer` is 3; the base has layers 0 to 2"):
+        rankers.make("layer", {"layer": 3}).rank(evidence())
+    with pytest.raises(SettingsError, match=r"setting `layer` was -1"):
+        rankers.make("layer", {"layer": -1})
 
 
 def test_the_bottom_of_what_is_not_there_is_refused():
