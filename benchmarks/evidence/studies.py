@@ -258,11 +258,6 @@ STUDIES: dict[str, Study] = {
                     "options": {"draws": 4, "bias": "per-token"},
                     "label": "icl-attention, per token",
                 },
-                {
-                    "name": "icl-attention",
-                    "options": {"draws": 4, "weigh_by_gain": True},
-                    "label": "icl-attention, by gain",
-                },
                 "tfidf",
                 "random",
             ),
