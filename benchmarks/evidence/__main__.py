@@ -46,7 +46,7 @@ def run_studies(names: Sequence[str] | None, seeds: range, store: Path, kept: Pa
             raise SystemExit(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
     for name in chosen:
         start, study = time.perf_counter(), STUDIES[name]
-        kinds = ((study.variants, tuning), (study.presets, jobs), (study.trained, training))
+        kinds = ((study.variants, tuning), (study.jobs, jobs), (study.trained, training))
         runner = next((runner for has, runner in kinds if has), selection)
         try:
             runner.run(study, seeds, store, kept / name)

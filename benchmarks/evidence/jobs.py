@@ -1,4 +1,4 @@
-"""Whole jobs that give their files and a preset, and leave all else as it is."""
+"""Whole jobs that give their files and a setting or two, and leave all else as it is."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TABLE = "jobs.parquet"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one preset gave, of one seed."""
+    """What one job gave, of one seed."""
 
-    preset: str
+    name: str
     seed: int
     quality: float
     retention: float
@@ -34,24 +34,24 @@ class Job:
 
 
 def run(study: Study, seeds: range, store: Path, kept: Path) -> list[Job]:
-    """Every preset and seed; what is done is written after each seed."""
+    """Every job and seed; what is done is written after each seed."""
     (prepare,) = study.worlds.values()
     found: list[Job] = []
     for seed in seeds:
         settings = prepare(store / "worlds" / "jobs" / f"seed-{seed}", seed)
-        for preset in study.presets:
-            given = {**settings.model_dump(mode="json", exclude_unset=True), "preset": preset}
+        for name, changes in study.jobs.items():
+            given = {**settings.model_dump(mode="json", exclude_unset=True), **changes}
             done = run_adapt(RunSettings.model_validate(given), store=store)
-            found.append(_job(preset, seed, done))
+            found.append(_job(name, seed, done))
         kept.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist([asdict(each) for each in found]), kept / TABLE)
     return found
 
 
-def _job(preset: str, seed: int, done: Summary) -> Job:
+def _job(name: str, seed: int, done: Summary) -> Job:
     aer = done.aer
     return Job(
-        preset=preset,
+        name=name,
         seed=seed,
         quality=done.quality.p2d,
         retention=done.quality.retention["p2d"],

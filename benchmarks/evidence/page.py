@@ -58,7 +58,7 @@ def write(kept: Path) -> Path:
             parts += _trained(name, study, folder)
         elif study.variants and (folder / tuning.TABLE).exists():
             parts += _tuned(name, study, folder)
-        elif study.presets and (folder / jobs.TABLE).exists():
+        elif study.jobs and (folder / jobs.TABLE).exists():
             parts += _whole_jobs(name, study, folder)
         elif (folder / selection.TABLE).exists():
             parts += _chosen(name, study, folder)
@@ -269,29 +269,31 @@ def _tuned(name: str, study: Study, folder: Path) -> Iterator[str]:
 
 def _whole_jobs(name: str, study: Study, folder: Path) -> Iterator[str]:
     found = list(jobs.read(folder))
-    by_preset: dict[str, dict[int, Job]] = {}
+    by_name: dict[str, dict[int, Job]] = {}
     for job in found:
-        by_preset.setdefault(job.preset, {})[job.seed] = job
-    default = by_preset["default"]
+        by_name.setdefault(job.name, {})[job.seed] = job
+    first = next(iter(by_name))
     yield from _title(name, study, folder, {job.seed for job in found})
-    yield "Exact match on the target and on the old skills; gain: over default, paired by seed.\n"
-    yield "| preset | exact match | gain | old skills | clean of chosen | AER | of it selection |"
+    yield f"Exact match on the target and on the old skills; gain: over {first}, paired by seed.\n"
+    yield "| job | exact match | gain | old skills | clean of chosen | AER | of it selection |"
     yield "|---|---|---|---|---|---|---|"
     cost: dict[str, tuple[Interval | None, float | None]] = {}
-    for preset, of in by_preset.items():
-        gain = mean_interval([of[seed].quality - default[seed].quality for seed in sorted(of)])
+    for job_name, of in by_name.items():
+        gain = mean_interval(
+            [job.quality - by_name[first][seed].quality for seed, job in of.items()]
+        )
         quality = mean_interval([job.quality for job in of.values()])
         aer = sum(job.aer for job in of.values()) / len(of)
-        cost[preset] = (quality, aer)
+        cost[job_name] = (quality, aer)
         cells = [
             str(quality),
-            "" if preset == "default" else f"{gain.mean:+.3f} ({_bounds(gain)})",
+            "" if job_name == first else f"{gain.mean:+.3f} ({_bounds(gain)})",
             str(mean_interval([job.retention for job in of.values()])),
             f"{sum(job.clean for job in of.values()) / sum(j.selected for j in of.values()):.3f}",
             f"{aer:.2f}",
             f"{sum(job.selection_share for job in of.values()) / len(of):.0%}",
         ]
-        yield f"| {preset} | {' | '.join(cells)} |"
+        yield f"| {job_name} | {' | '.join(cells)} |"
     yield ""
     yield from _cheapest(cost)
 

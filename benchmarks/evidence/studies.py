@@ -29,7 +29,7 @@ from benchmarks.evidence.worlds import (
     with_mistakes,
     within_hours,
 )
-from flows.presets import PRESETS, Preset
+from flows.presets import PRESETS
 from flows.settings import RunSettings
 
 RANDOM_HEADS: tuple[dict[str, Any], ...] = tuple(
@@ -52,7 +52,8 @@ class Study:
     """Training sees the proxy samples too, as it does by default; else what a choice is worth shows
     better."""
     variants: tuple[Variant, ...] = ()
-    presets: tuple[Preset, ...] = ()
+    jobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name -> what its file gives besides the data; others are held against the first."""
 
 
 def trained_as(study: Study, settings: RunSettings) -> RunSettings:
@@ -380,7 +381,7 @@ STUDIES: dict[str, Study] = {
         "What does a job get that gives its files and a preset, and leaves all else as it is, on "
         "the demo's world?",
         {"plain": files_alone},
-        presets=("default", "cheap", "paper"),
+        jobs={"default": {}, "cheap": {"preset": "cheap"}, "paper": {"preset": "paper"}},
     ),
     "tuning": Study(
         "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "

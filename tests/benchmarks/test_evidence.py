@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.evidence import jobs, page, selection, tuning
+from benchmarks.evidence import jobs, page, selection, training, tuning
 from benchmarks.evidence.draws import DRAWS, Passed
 from benchmarks.evidence.selection import Choice
 from benchmarks.evidence.studies import STUDIES, Study
@@ -175,12 +175,25 @@ def test_what_reaches_the_papers_gain_and_forgets_little_is_named(tmp_path):
     assert said in written
 
 
-def test_whole_jobs_are_run_by_preset_and_shown(tmp_path):
-    study = Study("Small.", {"plain": hasty}, presets=("default", "cheap"))
+@pytest.mark.slow
+def test_what_training_on_each_choice_gives_is_compared_and_shown(tmp_path):
+    grid = {"rankers": ("random",), "scorers": ("tfidf", "random"), "adaptations": ("full",)}
+    study = Study("Small.", {"plain": hasty}, grid, trained=True)
+    kept = tmp_path / "docs" / "evidence" / "synthetic"
+    runs = training.run(study, range(1), tmp_path / "store", kept)
+    assert {run.arm.scorer for run in runs} >= {"tfidf", "random"}
+    assert all(run.quality is not None for run in runs)
+    written = page.write(kept.parent).read_text()
+    assert "| tfidf" in written
+    assert (kept / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_whole_jobs_are_run_by_name_and_shown(tmp_path):
+    study = Study("Small.", {"plain": hasty}, jobs={"default": {}, "cheap": {"preset": "cheap"}})
     kept = tmp_path / "docs" / "evidence" / "presets"
     found = jobs.run(study, range(1), tmp_path / "store", kept)
     assert list(jobs.read(kept)) == found
-    assert [job.preset for job in found] == ["default", "cheap"]
+    assert [job.name for job in found] == ["default", "cheap"]
     for job in found:
         assert 0 < job.selection_share < 1
         assert job.clean <= job.selected == 90
