@@ -27,6 +27,7 @@ from tasks.summary import (
     AgreementSummary,
     HarnessLine,
     HeadsSummary,
+    ProxyRunSummary,
     QualitySummary,
     RejectedSummary,
     SelectionSummary,
@@ -69,7 +70,7 @@ def make_summary(
         base=base_name(settings.base),
         hub=hub_names(settings),
         target=settings.target.name,
-        heads=_heads(heads) if heads is not None else None,
+        heads=_heads(heads, last.get("proxy")) if heads is not None else None,
         selection=_selection(settings, corpus, last["scores"], subset),
         rejected=_rejected(sources),
         trainable=TrainableSummary(
@@ -119,7 +120,7 @@ def _search(rate: ArtifactRef) -> dict[str, Any]:
     return {"rate_found": facts["learning_rate"], "rates_tried": dict(facts["tried"])}
 
 
-def _heads(heads: ArtifactRef) -> HeadsSummary:
+def _heads(heads: ArtifactRef, proxy: ArtifactRef | None) -> HeadsSummary:
     facts = heads.manifest.facts
     return HeadsSummary(
         total=facts["total"],
@@ -128,6 +129,17 @@ def _heads(heads: ArtifactRef) -> HeadsSummary:
         ranker=facts["ranker"],
         picture=os.path.relpath(heads.path / PICTURE),
         agreement=_agreement(facts.get("agreement")),
+        proxy_run=_proxy_run(proxy) if proxy is not None else None,
+    )
+
+
+def _proxy_run(proxy: ArtifactRef) -> ProxyRunSummary:
+    facts = proxy.manifest.facts
+    return ProxyRunSummary(
+        learning_rate=proxy.manifest.settings["training"]["learning_rate"],
+        steps=facts["steps"],
+        held_out_before=facts["held_out_loss_before"],
+        held_out_after=facts["held_out_loss_after"],
     )
 
 

@@ -141,10 +141,10 @@ class ProxySettings(Section):
     """Target samples that the proxy run sees."""
     held_out: Annotated[int, Field(ge=2)] = 50
     """Further target samples on which it is watched, and on which consistency is gauged."""
-    epochs: Positive = 3
+    epochs: Positive = 10
     """Passes over the proxy samples."""
-    learning_rate: Positive = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Peak learning rate of AdamW; auto: 0.128 over the width of the base, 1e-3 at 128."""
     batch_size: Count = 8
     """Samples in a step."""
 

@@ -46,6 +46,27 @@ class AgreementSummary(BaseModel):
         )
 
 
+class ProxyRunSummary(BaseModel):
+    """What the proxy run learnt; losses are of samples that it did not see, in nats a token."""
+
+    learning_rate: float
+    """Peak."""
+    steps: int
+    held_out_before: float
+    held_out_after: float
+
+    @property
+    def text(self) -> str:
+        """In a sentence, and what to do if it learnt nothing."""
+        said = (
+            f"Proxy run: {self.steps:,} steps at {self.learning_rate:g} took the loss on held-out "
+            f"samples from {self.held_out_before:.3g} to {self.held_out_after:.3g}."
+        )
+        if self.held_out_after < self.held_out_before:
+            return said
+        return f"{said} Nothing was learnt to rank heads by: set a lower proxy.learning_rate."
+
+
 class HeadsSummary(BaseModel):
     """Which heads were found."""
 
@@ -57,6 +78,13 @@ class HeadsSummary(BaseModel):
     """Path of heads.png."""
     agreement: AgreementSummary | None = None
     """Of the draws of the proxy set that the map is the mean of; None of one alone."""
+    proxy_run: ProxyRunSummary | None = None
+    """Of several the last; None where none was needed."""
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be said of how they were found, sentence by sentence."""
+        return [said.text for said in (self.proxy_run, self.agreement) if said is not None]
 
 
 class RejectedSummary(BaseModel):

@@ -383,6 +383,28 @@ STUDIES: dict[str, Study] = {
         {"plain": files_alone},
         jobs={"default": {}, "cheap": {"preset": "cheap"}, "paper": {"preset": "paper"}},
     ),
+    "proxy-run": Study(
+        "The same: how long a proxy run, with which learning rate, makes a ranking whose heads are "
+        "worth tuning?",
+        {"plain": files_alone},
+        jobs={
+            "10 passes at 1e-3 (default)": {},
+            **{
+                f"{epochs} passes at {rate:g}": {"proxy": {"epochs": epochs, "learning_rate": rate}}
+                for epochs, rate in ((3, 1e-4), (10, 3e-4), (10, 3e-3), (20, 1e-3))
+            },
+            "spad": {"heads": {"ranker": "spad"}},
+            "ablation": {"heads": {"ranker": "ablation"}},
+            "one head a layer": {"heads": {"max_per_layer": 1}},
+            "one head a KV group": {"heads": {"one_per_kv_group": True}},
+            **{
+                f"random heads, draw {seed}": {
+                    "heads": {"ranker": "random", "options": {"seed": seed}}
+                }
+                for seed in range(3)
+            },
+        },
+    ),
     "tuning": Study(
         "What has to move, on the same tenth of the demo's corpus, to be as good as all parameters "
         "on all of it?",

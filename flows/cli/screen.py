@@ -81,8 +81,8 @@ def _heads(summary: Summary, picture: Text | None, console: Console) -> None:
         "the model.",
     )
     _rate(moving, console)
-    if heads.agreement is not None:
-        say(console, heads.agreement.text)
+    for text in heads.texts:
+        say(console, text)
     if picture is not None:
         widest = max((len(line) for line in picture.plain.splitlines()), default=0)
         if widest <= console.width - 4:

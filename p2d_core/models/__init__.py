@@ -11,6 +11,7 @@ from p2d_core.models.shape import (
     most_tokens,
     parameter_counts,
     positions_of,
+    width_of,
     without_weights,
 )
 from p2d_core.models.whole import check_loads, stored_precision
@@ -35,5 +36,6 @@ __all__ = [
     "pick_device",
     "positions_of",
     "stored_precision",
+    "width_of",
     "without_weights",
 ]

@@ -220,7 +220,7 @@ class Page:
         summary, heads = self.summary, self.summary.heads
         notes = [summary.aer.caveat] if summary.aer.caveat else []
         notes += [f"{one.rows:,} rows of {one.source} left out" for one in summary.rejected]
-        notes += [heads.agreement.text] if heads is not None and heads.agreement else []
+        notes += heads.texts if heads is not None else []
         notes += summary.selection.notes
         if len(notes) > MOST_NOTES:
             notes = [*notes[: MOST_NOTES - 1], f"{len(notes) - MOST_NOTES + 1} more in the summary"]

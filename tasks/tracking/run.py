@@ -217,6 +217,12 @@ def _metrics(page: Page) -> list[Metric]:
     }
     if (heads := summary.heads) is not None:
         numbers |= {"heads/selected": heads.selected, "heads/total": heads.total}
+        if (proxy_run := heads.proxy_run) is not None:
+            numbers |= {
+                "proxy/learning_rate": proxy_run.learning_rate,
+                "proxy/held_out_loss_before": proxy_run.held_out_before,
+                "proxy/held_out_loss_after": proxy_run.held_out_after,
+            }
     numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
     numbers |= {f"aer_seconds_this_run/{term}": s for term, s in aer.stages_this_run.items()}
     for what, counts in (("source", selection.by_source), ("label", selection.by_label)):

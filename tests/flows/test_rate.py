@@ -14,7 +14,7 @@ from flows.plan import run_plan
 from p2d_core.adaptation.rates import gentle_rate, rate_for
 from p2d_core.store import Store
 from tasks.rate import TRIED
-from tasks.summary import TrainableSummary
+from tasks.summary import ProxyRunSummary, TrainableSummary
 from tests.job import Job
 
 AUTO = {"heads": {"proxy_learning_rate": "auto"}, "training": {"learning_rate": "auto"}}
@@ -110,6 +110,34 @@ def test_a_rate_that_is_given_is_not_searched_for(job):
     done = job.run(**given)
     assert "rate" not in {line.name for line in done.stages}
     assert (done.trainable.learning_rate, done.trainable.rate_text) == (3e-3, "0.003")
+
+
+def test_the_proxy_run_has_the_rate_of_the_width_of_its_base_or_the_one_that_is_given(job):
+    assert job.settings().proxy.learning_rate == "auto"
+    assert check_inputs(job.settings()).proxy_training.learning_rate == 1e-3, "its width is 128"
+    given = job.settings(proxy={"learning_rate": 2e-5})
+    assert check_inputs(given).proxy_training.learning_rate == 2e-5
+
+
+def test_it_says_what_the_proxy_run_learnt(job):
+    proxy = rate_of(job, job.first, "proxy").manifest.facts
+    said = job.first.heads.proxy_run
+    assert said.held_out_before == proxy["held_out_loss_before"]
+    assert said.held_out_after == proxy["held_out_loss_after"] < said.held_out_before
+    assert said.text.startswith("Proxy run: 3 steps at 0.001 took the loss on held-out samples")
+    report = job.store / "reports" / f"{job.first.run_id}.html"
+    assert said.text in report.read_text()
+    console = Console(width=200, record=True, file=StringIO())
+    show_summary(job.first, None, console)
+    assert said.text in " ".join(console.export_text().split())
+
+
+def test_a_proxy_run_that_learnt_nothing_says_what_to_set():
+    worse = ProxyRunSummary(learning_rate=0.1, steps=130, held_out_before=1.25, held_out_after=7.5)
+    assert worse.text == (
+        "Proxy run: 130 steps at 0.1 took the loss on held-out samples from 1.25 to 7.5. Nothing "
+        "was learnt to rank heads by: set a lower proxy.learning_rate."
+    )
 
 
 @pytest.mark.slow
