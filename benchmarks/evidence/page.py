@@ -35,7 +35,7 @@ draws and training of its own (the base stays the same); ± is half of a 95% int
 "better" and "worse" are said where a paired 95% interval leaves out 0, "not shown" where it does
 not. Seconds and AER include whatever else the machine did at the time. What was chosen is what is
 trained on, without the proxy samples (`training.with_proxy: false`): so a choice shows what it is
-worth. The studies searched, with-proxy, rates and presets train as it is by default.
+worth. The studies searched, with-proxy, rates, presets and proxy-run train as it is by default.
 """
 DEFAULT = RunSettings.model_validate({"base": "-", "target": {"path": "-"}})
 DRAW = "random"
