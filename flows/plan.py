@@ -23,7 +23,7 @@ from flows.looking import look_up, uses_head_proxy
 from flows.planned import keep_plan, plan_key
 from flows.preview import Preview, preview
 from flows.rehearsal import Rehearsal
-from flows.scoring import share_to_try
+from flows.scoring import share_to_try, trains_as_searched
 from flows.settings import RunSettings
 from flows.stages import FULL, NO_HEADS
 from flows.timing import Budget
@@ -198,9 +198,10 @@ class _Planner:
         tuned = False
         for step in range(n_steps(self.inputs.scorer)):
             if not tuned and scorer_step(self.inputs.scorer, step).scorer.needs_head_proxy:
-                if self.settings.heads.proxy_learning_rate == "auto":
+                if searches := self.settings.heads.proxy_learning_rate == "auto":
                     yield "rate", partial(self._searching, self.by_heads)
-                yield "head_proxy", self._tuning
+                is_made = searches and trains_as_searched(self.inputs)
+                yield "head_proxy", Estimate if is_made else self._tuning
                 tuned = True
             yield "measurements", partial(self._measuring, step)
             yield "scores", partial(self._scored, step)

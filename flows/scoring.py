@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -173,6 +173,8 @@ def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
     by_heads = Plugin.of("heads", Heads(settings.slices))
     asked, n = settings.proxy_learning_rate, run.settings.proxy.samples
     training = with_rate(run, data, heads, by_heads, inputs.head_proxy_training, asked, lambda: n)
+    has_made_it = asked == "auto" and trains_as_searched(inputs)
+    searched = run.ledger.last("rate") if has_made_it else None
     with run.ledger.stage("head_proxy") as made:
         head_proxy = head_proxy_run(
             run.runtime,
@@ -181,6 +183,13 @@ def tune_heads(run: Run, data: Data, heads: ArtifactRef | None) -> ArtifactRef:
             target=data.target,
             slices=settings.slices,
             training=training,
+            searched=searched,
         )
         made.append(head_proxy)
     return head_proxy
+
+
+def trains_as_searched(inputs: Inputs) -> bool:
+    """Whether head_proxy is tuned as each rate was tried, so that the search has made it."""
+    rate = inputs.rate_training.learning_rate
+    return replace(inputs.head_proxy_training, learning_rate=rate) == inputs.rate_training

@@ -1,8 +1,11 @@
-"""The proxy run: all attention projections, tuned shortly on the proxy samples."""
+"""The proxy run: all attention projections, tuned shortly on the proxy samples; or the heads."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +24,11 @@ from tasks.room import of_attention, of_heads
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Runtime, stage
 from tasks.together import together
+
+if TYPE_CHECKING:
+    from p2d_core.adaptation.training import TrainingResult
+
+CURVE, HELD_OUT = "loss.json", "held_out.json"
 
 
 @stage("proxy", version="2", room=of_attention, sent=as_it_is, together=True)
@@ -45,8 +53,17 @@ def head_proxy_run(
     target: ArtifactRef,
     slices: Roles,
     training: TrainingSpec,
+    searched: ArtifactRef | None,
 ) -> None:
-    """The task heads' slices alone, tuned on the proxy set, for scorers that look through them."""
+    """The task heads' slices alone, tuned on the proxy set, for scorers that look through them.
+
+    Taken from ``searched`` where the search for a rate has done the same training.
+    """
+    if searched is not None:
+        for name in (SLICES, CURVE, HELD_OUT):
+            shutil.copyfile(searched.path / name, making.folder / name)
+        making.facts |= json.loads((searched.path / HELD_OUT).read_text(encoding="utf-8"))
+        return
     captured = base.captured(runtime)
     model = load_model(captured.folder, base.precision, captured.device)
     head_map = read_head_map(heads.path / HEADS)
@@ -71,7 +88,7 @@ def _tune(
 ) -> bool:
     """Whether this is the process that keeps what was tuned."""
     # seconds to import, and a run that reuses everything does without
-    from p2d_core.adaptation.training import train, write_curve
+    from p2d_core.adaptation.training import train
 
     encoded = captured.encode(target_part(target, "proxy"))
     processes = together(runtime.parallel)
@@ -93,15 +110,25 @@ def _tune(
     if not processes.first:
         return False
     making.seconds_before = result.seconds_before
-    after = mean_loss(captured, model, held_out)
-    result.curve[-1]["eval_loss"] = after
-    start = {"step": 0.0, "epoch": 0.0, "eval_loss": before}
-    write_curve([start, *result.curve], making.folder)
-    facts = {"held_out_loss_before": before, "held_out_loss_after": after, "steps": result.steps}
-    (making.folder / "held_out.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    making.facts |= facts
+    making.facts |= write_learnt(
+        result, before, mean_loss(captured, model, held_out), making.folder
+    )
     making.samples, making.tokens = len(encoded), result.tokens
     return True
+
+
+def write_learnt(
+    result: TrainingResult, before: float, after: float, folder: Path
+) -> dict[str, Any]:
+    """Writes the loss curve with the held-out losses in it, and these alone; returns them."""
+    from p2d_core.adaptation.training import write_curve
+
+    result.curve[-1]["eval_loss"] = after
+    start = {"step": 0.0, "epoch": 0.0, "eval_loss": before}
+    write_curve([start, *result.curve], folder)
+    facts = {"held_out_loss_before": before, "held_out_loss_after": after, "steps": result.steps}
+    (folder / HELD_OUT).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return facts
 
 
 def mean_loss(

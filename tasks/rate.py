@@ -7,9 +7,9 @@ import math
 import shutil
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from p2d_core.adaptation.adaptations import adaptations
+from p2d_core.adaptation.adaptations import SLICES, adaptations
 from p2d_core.adaptation.rates import best_rate, gentle_rate
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.attention.layout import attention_layers
@@ -19,17 +19,20 @@ from p2d_core.store import ArtifactRef, Making
 from tasks.elsewhere import as_it_is
 from tasks.heads import head_map_in
 from tasks.progress import progress_of
-from tasks.proxy import mean_loss
+from tasks.proxy import mean_loss, write_learnt
 from tasks.room import of_model
 from tasks.samples import target_part
 from tasks.stage import BaseModel, Plugin, Runtime, stage
 from tasks.together import together
 
+if TYPE_CHECKING:
+    from p2d_core.adaptation.training import TrainingResult
+
 TRIED = "tried.json"
 """Learning rate -> mean loss (nats a response token) on the held-out proxy samples; 0: untuned."""
 
 
-@stage("rate", version="2", outside_key=("heads",), room=of_model, sent=as_it_is, together=True)
+@stage("rate", version="3", outside_key=("heads",), room=of_model, sent=as_it_is, together=True)
 def find_rate(
     making: Making,
     runtime: Runtime,
@@ -44,7 +47,7 @@ def find_rate(
 
     The one to take is the best, or, if that is at the edge of what training bears, the next lower
     one. Rates that were tried before a kill are not tried again. The rate of ``training`` is not
-    looked at.
+    looked at. Of task heads what they became with the rate to take is kept, as by `head_proxy_run`.
     """
     # seconds to import, and a run that reuses everything does without
     from p2d_core.adaptation.training import train
@@ -61,20 +64,25 @@ def find_rate(
         done = json.loads(done_file.read_text(encoding="utf-8"))
     done = processes.as_the_first_says("tried", done)
     making.seconds_before = sum(each["seconds"] for each in done.values())
-    scratch = making.scratch / "training"
+    scratch, kept = making.scratch / "training", making.scratch / "kept"
 
     def loss_at(rate: float) -> float:
         name = f"{rate:g}"
         if name in done:
             return done[name]["loss"]
-        start, before, loss = time.monotonic(), 0.0, math.inf
+        start, before, loss, result = time.monotonic(), 0.0, math.inf, None
         model = load_model(captured.folder, precision, captured.device)
         attached = plugin.attach(model, attention_layers(model), head_map, base.folder)
         try:
             if rate:
-                before = train_at(rate, attached.model)
+                result = train_at(rate, attached.model)
+                before = result.seconds_before
             if processes.first:
                 loss = mean_loss(captured, attached.model, held_out)
+            if processes.first and result is not None and attached.tuned is not None:
+                (kept / name).mkdir(parents=True, exist_ok=True)
+                attached.tuned().save(kept / name / SLICES)
+                write_learnt(result, done["0"]["loss"], loss, kept / name)
         except (TrainingError, NumericalError):
             pass  # it ran away
         loss = processes.as_the_first_says(f"loss at {name}", loss)
@@ -87,7 +95,7 @@ def find_rate(
             shutil.rmtree(scratch, ignore_errors=True)
         return loss
 
-    def train_at(rate: float, model: Any) -> float:
+    def train_at(rate: float, model: Any) -> TrainingResult:
         making.samples += len(proxy)
         name = f"{rate:g}"
         with progress_of(f"rate ({name})") as progress:
@@ -105,7 +113,7 @@ def find_rate(
                 processes=replace(processes, work=f"{processes.work}/{name}"),
             )
         making.tokens += result.tokens
-        return result.seconds_before
+        return result
 
     untuned = loss_at(0.0)
     _, losses = best_rate(loss_at)
@@ -118,5 +126,7 @@ def find_rate(
     tried = {name: loss if math.isfinite(loss) else None for name, loss in tried.items()}
     text = json.dumps({"learning_rate": rate, "tried": tried}, indent=2) + "\n"
     (making.folder / TRIED).write_text(text, encoding="utf-8")
+    if kept.exists():
+        shutil.copytree(kept / f"{rate:g}", making.folder, dirs_exist_ok=True)
     making.facts |= {"learning_rate": rate, "tried": tried, "adaptation": adaptation.name}
     making.facts["steps"] = training.steps(len(proxy))

@@ -32,6 +32,8 @@ class Attached:
     """What to train; the base itself, or the base in a wrapper."""
     keep: Callable[[Path], None]
     """Writes what moved into a folder, once training is done."""
+    tuned: Callable[[], TunedSlices] | None = None
+    """What the task heads' slices have become so far; None where something else moves."""
 
 
 class Adaptation(Protocol):
@@ -81,7 +83,7 @@ class Heads:
             deltas.detach(merge=False)
             export_lora(tuned, model, folder / ADAPTER, base)
 
-        return Attached(model, keep)
+        return Attached(model, keep, deltas.tuned)
 
 
 @adaptations.register("attention")

@@ -11,6 +11,7 @@ from flows.cli.screen import show_summary
 from flows.inputs import check_inputs
 from flows.looking import look_up
 from flows.plan import run_plan
+from p2d_core.adaptation.adaptations import SLICES
 from p2d_core.adaptation.rates import gentle_rate, rate_for
 from p2d_core.store import Store
 from tasks.rate import TRIED
@@ -61,10 +62,31 @@ def test_each_rate_is_tried_for_thirty_steps_at_least(job):
     assert check_inputs(job.settings()).rate_training.epochs == 10
     more = check_inputs(job.settings(heads={"proxy_epochs": 12, **AUTO["heads"]}))
     assert more.rate_training.epochs == more.head_proxy_training.epochs == 12
-    of_each = Store(job.store).resolve(job.first.artifacts["rate"]).manifest.cost["tokens"]
-    once = Store(job.store).resolve(job.first.artifacts["head_proxy"]).manifest.cost["tokens"]
+    of_each = rate_of(job, job.first).manifest.cost["tokens"]
+    once = rate_of(job, job.first, "head_proxy").manifest.cost["tokens"]
     # 0 is the base as it is
     assert of_each == (len(job.first.trainable.rates_tried) - 1) * 10 * once
+
+
+def test_the_search_has_tuned_the_heads_already_where_it_tries_as_they_are_to_be_tuned(job):
+    """The same job with the rate that was found, given as a number, trains them itself."""
+    searched = job.run(heads={"proxy_epochs": 12, **AUTO["heads"]})
+    found = rate_of(job, searched).manifest.facts["learning_rate"]
+    given = job.run(heads={"proxy_epochs": 12, "proxy_learning_rate": found})
+    taken, trained = (rate_of(job, done, "head_proxy") for done in (searched, given))
+    assert taken.key != trained.key
+    assert taken.manifest.cost["tokens"] == 0 < trained.manifest.cost["tokens"]
+    for name in (SLICES, "held_out.json"):
+        assert (taken.path / name).read_bytes() == (trained.path / name).read_bytes()
+    assert taken.manifest.facts["steps"] == trained.manifest.facts["steps"] == 36
+    # the small job's own heads are tuned for a pass, and rates are tried for ten
+    assert rate_of(job, job.first, "head_proxy").manifest.facts["steps"] == 3
+    plan = run_plan(
+        job.settings(seed=9, heads={"proxy_epochs": 12, **AUTO["heads"]}),
+        store=job.store,
+        seconds=5,
+    )
+    assert {stage.name: stage.seconds for stage in plan.stages}["head_proxy"] == 0
 
 
 def test_it_says_what_was_tried(job):
