@@ -13,7 +13,7 @@ from flows.hub import base_folder
 from flows.settings import RunSettings, SourceSettings
 from flows.settings_base import Rate
 from p2d_core.adaptation.adaptations import adaptations
-from p2d_core.adaptation.rates import START, rate_of_width
+from p2d_core.adaptation.rates import START
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError, SettingsError
@@ -30,7 +30,6 @@ from p2d_core.models import (
     load_tokenizer,
     most_tokens,
     pick_device,
-    width_of,
 )
 from p2d_core.samples.conversation import is_conversation, turns_of
 from p2d_core.samples.read import read_samples
@@ -152,13 +151,7 @@ def check_inputs(
         scorer=Plugin.of(settings.scoring.scorer, scorer),
         adaptation=Plugin.of(training.adaptation, adaptation),
         adaptation_needs_heads=adaptation.needs_heads,
-        proxy_training=trained(
-            proxy.epochs,
-            rate_of_width(width_of(folder))
-            if proxy.learning_rate == "auto"
-            else proxy.learning_rate,
-            proxy.batch_size,
-        ),
+        proxy_training=trained(proxy.epochs, proxy.learning_rate, proxy.batch_size),
         head_proxy_training=trained(
             heads.proxy_epochs, heads.proxy_learning_rate, proxy.batch_size
         ),

@@ -141,10 +141,10 @@ class ProxySettings(Section):
     """Target samples that the proxy run sees."""
     held_out: Annotated[int, Field(ge=2)] = 50
     """Further target samples on which it is watched, and on which consistency is gauged."""
-    epochs: Positive = 10
+    epochs: Positive = 3
     """Passes over the proxy samples."""
-    learning_rate: Positive | Literal["auto"] = "auto"
-    """Peak learning rate of AdamW; auto: 0.128 over the width of the base, 1e-3 at 128."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of AdamW; the run says what it does to the loss on held-out samples."""
     batch_size: Count = 8
     """Samples in a step."""
 

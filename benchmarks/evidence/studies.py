@@ -152,6 +152,11 @@ def half_as_many(folder: Path, seed: int) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
+def passes(epochs: int, rate: str) -> dict[str, Any]:
+    """A proxy run of so many passes with that learning rate."""
+    return {"proxy": {"epochs": epochs, "learning_rate": float(rate)}}
+
+
 SMOLLM2_WRONG = with_mistakes(
     based_on(SMOLLM2, within_hours(gsm8k(n_target=90, n_code=1, base=SMOLLM2.folder.name))),
     counts=(300, 100, 200),
@@ -388,15 +393,20 @@ STUDIES: dict[str, Study] = {
         "worth tuning?",
         {"plain": files_alone},
         jobs={
-            "10 passes at 1e-3 (default)": {},
+            "3 passes at 1e-4 (default)": {},
             **{
-                f"{epochs} passes at {rate:g}": {"proxy": {"epochs": epochs, "learning_rate": rate}}
-                for epochs, rate in ((3, 1e-4), (10, 3e-4), (10, 3e-3), (20, 1e-3))
+                f"{epochs} passes at {rate}": passes(epochs, rate)
+                for epochs, rate in ((10, "3e-4"), (10, "1e-3"), (10, "3e-3"), (20, "1e-3"))
             },
-            "spad": {"heads": {"ranker": "spad"}},
-            "ablation": {"heads": {"ranker": "ablation"}},
-            "one head a layer": {"heads": {"max_per_layer": 1}},
-            "one head a KV group": {"heads": {"one_per_kv_group": True}},
+            **{
+                f"10 passes at 1e-3, {name}": {**passes(10, "1e-3"), "heads": heads}
+                for name, heads in {
+                    "spad": {"ranker": "spad"},
+                    "ablation": {"ranker": "ablation"},
+                    "one head a layer": {"max_per_layer": 1},
+                    "one head a KV group": {"one_per_kv_group": True},
+                }.items()
+            },
             **{
                 f"random heads, draw {seed}": {
                     "heads": {"ranker": "random", "options": {"seed": seed}}

@@ -18,18 +18,6 @@ def rate_at(notch: int) -> float:
 
 START = rate_at(0)
 
-RATE_TIMES_WIDTH = 0.128
-
-
-def rate_of_width(width: int) -> float:
-    """For all attention projections of a base with so wide a residual stream: 1e-3 at 128.
-
-    Two significant digits. What AdamW does to a weight does not depend on the size of its gradient,
-    and what a layer gives sums over the width, so that the rate falls as one over it (arXiv
-    2203.03466); the factor is ours: docs/evidence.md, study proxy-run.
-    """
-    return float(f"{RATE_TIMES_WIDTH / width:.2g}")
-
 
 def rate_for(rate: float, tried: int, steps: int) -> float:
     """What a rate that was found in ``tried`` steps is for a training of ``steps``.

@@ -11,7 +11,6 @@ from p2d_core.models.shape import (
     most_tokens,
     parameter_counts,
     positions_of,
-    width_of,
     without_weights,
 )
 from p2d_core.models.whole import check_loads, stored_precision
@@ -36,6 +35,5 @@ __all__ = [
     "pick_device",
     "positions_of",
     "stored_precision",
-    "width_of",
     "without_weights",
 ]

