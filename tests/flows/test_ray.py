@@ -165,8 +165,8 @@ def test_a_worker_killed_while_it_measures_costs_nothing_but_time(job, address, 
         listen(None)
     assert len(killed) == 1
     assert caplog.text.count("measure lost a Ray worker (1 of 3)") == 1
-    # two shards, each for head activation and for the loss
-    assert len(list(Store(store).refs("measurements"))) == 4
+    # two shards, each for head activation, for the loss under tuned heads and for the shift
+    assert len(list(Store(store).refs("measurements"))) == 6
     assert_same_artifacts(store, job.store)
 
 
