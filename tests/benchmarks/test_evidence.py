@@ -133,6 +133,7 @@ def trained(tmp_path_factory) -> tuple[dict[str, Trained], Path]:
     return {each.variant: each for each in found}, kept
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_the_best_on_the_validation_split(trained):
     heads = trained[0]["heads"]
     assert heads.learning_rate == 8e-3, "with the other one nothing moves"
@@ -140,6 +141,7 @@ def test_the_learning_rate_is_the_best_on_the_validation_split(trained):
     assert heads.search_seconds > 0 == trained[0]["drawn"].search_seconds
 
 
+@pytest.mark.slow
 def test_what_variants_train_on_differs_and_the_page_shows_what_came_of_it(trained):
     by_variant, kept = trained
     assert len({each.retention for each in by_variant.values()}) > 1

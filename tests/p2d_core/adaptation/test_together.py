@@ -14,6 +14,8 @@ from p2d_core.adaptation.adaptations import adapted
 from tests.p2d_core.adaptation.together import AT_STEP, CASES, STOPPED, encoded, trained
 from tests.tiny import tiny_llama
 
+pytestmark = pytest.mark.slow  # most of a minute, in which both cores are taken
+
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
