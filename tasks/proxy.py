@@ -60,6 +60,8 @@ def head_proxy_run(
     Taken from ``searched`` where the search for a rate has done the same training.
     """
     if searched is not None:
+        if not together(runtime.parallel).first:
+            return
         for name in (SLICES, CURVE, HELD_OUT):
             shutil.copyfile(searched.path / name, making.folder / name)
         making.facts |= json.loads((searched.path / HELD_OUT).read_text(encoding="utf-8"))

@@ -78,11 +78,13 @@ def find_rate(
                 result = train_at(rate, attached.model)
                 before = result.seconds_before
             if processes.first:
+                # first: it refuses what is not finite, and then there is no loss either
+                tuned = attached.tuned() if attached.tuned is not None else None
                 loss = mean_loss(captured, attached.model, held_out)
-            if processes.first and result is not None and attached.tuned is not None:
-                (kept / name).mkdir(parents=True, exist_ok=True)
-                attached.tuned().save(kept / name / SLICES)
-                write_learnt(result, done["0"]["loss"], loss, kept / name)
+                if result is not None and tuned is not None:
+                    (kept / name).mkdir(parents=True, exist_ok=True)
+                    tuned.save(kept / name / SLICES)
+                    write_learnt(result, done["0"]["loss"], loss, kept / name)
         except (TrainingError, NumericalError):
             pass  # it ran away
         loss = processes.as_the_first_says(f"loss at {name}", loss)
