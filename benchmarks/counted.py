@@ -22,6 +22,17 @@ def forward_operations(shape: Shape, tokens: float) -> float:
     return shape.layers * layer_operations(shape, tokens) + 2 * shape.hidden * shape.vocabulary
 
 
+def backward_operations(shape: Shape, tokens: float, lowest: int = 0) -> float:
+    """Of one token, for its inputs' gradients down to the layer ``lowest``; no weight's gradient.
+
+    A product with a weight takes one more; the two products of attention take four, none of them
+    for a weight.
+    """
+    attention = 4 * shape.query_heads * shape.head_dim * tokens
+    of_layer = layer_operations(shape, tokens) + attention
+    return (shape.layers - lowest) * of_layer + 2 * shape.hidden * shape.vocabulary
+
+
 def scoring_operations(shape: Shape, tokens: float, deepest: int) -> float:
     """Of one token up to the heads' outputs in the layer ``deepest``."""
     return deepest * layer_operations(shape, tokens) + layer_operations(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counted import forward_operations, layer_operations
+from benchmarks.counted import backward_operations, forward_operations
 from benchmarks.figures import Figure, alternate, figure
 from benchmarks.generated import captured, random_model, samples
 from benchmarks.memory import Made, peak_megabytes
@@ -185,17 +185,23 @@ class _Bench:
         return Kept(gradients + state, activations)
 
     def floor(self, lowest: int) -> float:
-        """Of a full step's products: forward, and the inputs' gradients down to ``lowest``."""
-        whole = forward_operations(self.shape, self.mean)
-        below = lowest * layer_operations(self.shape, self.mean)
-        return (2 * whole - below) / (3 * whole)
+        """Of a full step's products: forward, and the inputs' gradients down to ``lowest``.
+
+        A full step has the weights' gradients too: as many products as forward, but attention's.
+        """
+        shape, tokens = self.shape, self.mean
+        forward = forward_operations(shape, tokens)
+        of_weights = forward_operations(shape, 0)
+        full = forward + backward_operations(shape, tokens) + of_weights
+        return (forward + backward_operations(shape, tokens, lowest)) / full
 
     def floor_of_lora(self, n_slices: int, n_lora: int) -> float:
         """Of a LoRA step's products, where slices need their gradients alone, and LoRA passes too.
 
         Both run the frozen products forward, and back for the inputs' gradients.
         """
-        frozen = 2 * forward_operations(self.shape, self.mean)
+        shape, tokens = self.shape, self.mean
+        frozen = forward_operations(shape, tokens) + backward_operations(shape, tokens)
         return (frozen + 2 * n_slices) / (frozen + 6 * n_lora)
 
 
