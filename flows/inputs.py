@@ -222,6 +222,7 @@ def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
         tokens_per_batch=settings.scoring.tokens_per_batch,
         checkpoint_seconds=settings.training.checkpoint_seconds,
         gradient_checkpointing=settings.training.gradient_checkpointing,
+        micro_batch_tokens=settings.training.micro_batch_tokens,
         parallel=settings.training.parallel,
         skip_bad_rows=settings.skip_bad_rows,
     )

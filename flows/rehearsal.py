@@ -292,6 +292,7 @@ class Rehearsal:
                 steps=steps,
                 mixed_precision=self._mixed,
                 gradient_checkpointing=self.runtime.gradient_checkpointing,
+                micro_batch_tokens=self.runtime.micro_batch_tokens,
                 progress=tell,
             )
 
@@ -405,6 +406,7 @@ class Rehearsal:
                     checkpoint_seconds=float("inf"),
                     mixed_precision=self._mixed,
                     gradient_checkpointing=self.runtime.gradient_checkpointing,
+                    micro_batch_tokens=self.runtime.micro_batch_tokens,
                     progress=tell,
                 ),
                 encoded,

@@ -227,6 +227,8 @@ class TrainingSettings(Section):
     """Seconds between checkpoints, more where saving is slow; 0: one a step. Changes no result."""
     gradient_checkpointing: bool = False
     """Run layers twice in place of keeping what they compute: less memory, the same result."""
+    micro_batch_tokens: Count | None = None
+    """Tokens in a pass; a larger step takes several (gradient accumulation); if empty what fits."""
     parallel: Literal["ddp", "fsdp"] | None = None
     """What each of several processes has of the model: all of it, or its share; by the launcher."""
 

@@ -321,6 +321,8 @@ def _machine(runtime: Runtime) -> str:
     words = [machine(), runtime.device, f"{runtime.threads or found} threads"]
     if runtime.gradient_checkpointing:
         words.append("gradient checkpointing")
+    if runtime.micro_batch_tokens is not None:
+        words.append(f"{runtime.micro_batch_tokens:,} tokens at once")
     if (processes := together(runtime.parallel)).size > 1:
         words.append(f"{processes.size} processes")
         words += ["fsdp"] if processes.shards_model else []

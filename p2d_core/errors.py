@@ -67,3 +67,7 @@ class NumericalError(P2DError):
 
 class TransientError(P2DError):
     """Something that may pass by itself; the only error of ours that is retried."""
+
+
+class DeviceMemoryError(TransientError):
+    """Not even the least part of the work fits in the device's memory as others leave it now."""

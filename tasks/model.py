@@ -74,6 +74,7 @@ def fine_tune(
             checkpoint_seconds=runtime.checkpoint_seconds,
             mixed_precision=base.precision == "bfloat16",
             gradient_checkpointing=runtime.gradient_checkpointing,
+            micro_batch_tokens=runtime.micro_batch_tokens,
             progress=progress,
             processes=processes,
         )
@@ -128,6 +129,7 @@ def calibrate(
             steps=steps,
             mixed_precision=base.precision == "bfloat16",
             gradient_checkpointing=runtime.gradient_checkpointing,
+            micro_batch_tokens=runtime.micro_batch_tokens,
             progress=progress,
             processes=processes,
         )

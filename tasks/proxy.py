@@ -106,6 +106,7 @@ def _tune(
             checkpoint_seconds=runtime.checkpoint_seconds,
             mixed_precision=captured.precision == "bfloat16",
             gradient_checkpointing=runtime.gradient_checkpointing,
+            micro_batch_tokens=runtime.micro_batch_tokens,
             progress=progress,
             processes=processes,
         )

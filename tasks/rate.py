@@ -110,6 +110,7 @@ def find_rate(
                 checkpoint_seconds=runtime.checkpoint_seconds,
                 mixed_precision=base.precision == "bfloat16",
                 gradient_checkpointing=runtime.gradient_checkpointing,
+                micro_batch_tokens=runtime.micro_batch_tokens,
                 progress=progress,
                 # what is told for one training is not heard in the next
                 processes=replace(processes, work=f"{processes.work}/{name}"),

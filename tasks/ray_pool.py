@@ -130,7 +130,7 @@ class RayPool:
             return
         raise P2DError(
             f"{function.__name__} lost {MOST_LOST} Ray workers one after the other ({why}). Most "
-            "often memory is short: lower scoring.tokens_per_batch, training.batch_size or "
+            "often memory is short: lower scoring.tokens_per_batch, training.micro_batch_tokens or "
             "ray.workers, or give the machines more. What was finished is kept."
         )
 

@@ -47,6 +47,7 @@ class Runtime:
     tokens_per_batch: int = 8192
     checkpoint_seconds: float = 60
     gradient_checkpointing: bool = False
+    micro_batch_tokens: int | None = None
     parallel: str | None = None
     """ddp or fsdp, where there are several processes; None: as their launcher said."""
     skip_bad_rows: int = 0

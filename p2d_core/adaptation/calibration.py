@@ -6,18 +6,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from p2d_core.adaptation.like_length import like_length
+from p2d_core.adaptation.micro_batches import MicroBatches
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.adaptation.spread import spread
 from p2d_core.aer import Reference
 from p2d_core.errors import TrainingError
 from p2d_core.processes import ALONE, Processes
-from p2d_core.response_loss import batch_loss
-from p2d_core.samples.tokens import EncodedSample, collate
+from p2d_core.samples.tokens import EncodedSample
 
 UNTIMED_STEPS = 3
 
@@ -32,6 +33,7 @@ def calibrate_full(
     steps: int,
     mixed_precision: bool = False,
     gradient_checkpointing: bool = False,
+    micro_batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes = ALONE,
 ) -> Reference:
@@ -46,7 +48,7 @@ def calibrate_full(
         n_samples: that are trained on; with epochs and batch size they give the number of steps.
         steps: how many steps are timed, after `UNTIMED_STEPS` that are not.
         mixed_precision: bfloat16 in the passes, as training has it for a base in bfloat16.
-        gradient_checkpointing: as training has it.
+        gradient_checkpointing, micro_batch_tokens: as training has them.
         processes: all of them call this alike, in their group, and share each batch.
 
     Returns:
@@ -54,6 +56,7 @@ def calibrate_full(
 
     Raises:
         TrainingError: there are no samples.
+        DeviceMemoryError: a step of a single one does not fit in memory.
     """
     if len(encoded) < 1:
         raise TrainingError("there are no samples to time full fine-tuning on.")
@@ -72,15 +75,13 @@ def calibrate_full(
         optimizer = torch.optim.AdamW(
             parameters, lr=spec.learning_rate, weight_decay=0.0, fused=True
         )
+        passes = MicroBatches(parts, pad_id, micro_batch_tokens, processes)
+        context = partial(torch.autocast, device.type, torch.bfloat16, enabled=mixed_precision)
         for step in range(UNTIMED_STEPS + steps):
             start = time.perf_counter()
             first = step * spec.batch_size
             rows = [encoded[order[(first + i) % len(order)]] for i in range(spec.batch_size)]
-            share = processes.share(rows) or rows[:1]
-            batch = {name: tensor.to(device) for name, tensor in collate(share, pad_id).items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                loss = batch_loss(parts.model, batch, parts.run)
-            loss.backward()  # type: ignore[no-untyped-call]
+            passes.backward(rows, context)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -24,13 +24,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from p2d_core.adaptation.like_length import LikeLength
+from p2d_core.adaptation.micro_batches import MicroBatches
 from p2d_core.adaptation.spec import TrainingSpec
-from p2d_core.adaptation.spread import Spread, share_like, spread, whole, whole_states
+from p2d_core.adaptation.spread import share_like, spread, whole, whole_states
 from p2d_core.errors import TrainingError
 from p2d_core.processes import ALONE, Processes
 from p2d_core.progress import Progress
-from p2d_core.response_loss import batch_loss, summed_loss
-from p2d_core.samples.tokens import IGNORED_LABEL, EncodedSample, collate
+from p2d_core.samples.tokens import EncodedSample
 from p2d_core.store.recipe import hash_file
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ NOT_LOADED = (pickle.UnpicklingError, SafetensorError, KeyError, AttributeError,
 CHECKPOINT_WEIGHTS = "trainable.safetensors"
 SAVES_TO_A_PAUSE = 20
 """Checkpoints take a twentieth of the time at most: it counts, in T_full too."""
-OF_THE_WHOLE_BATCH = "n_tokens_of_all"
+ROWS = "rows"
+"""Of a batch its samples, as what they are: `MicroBatches` makes tensors of them."""
 SEAL = "seal.json"
 """Written last into a checkpoint, with the hashes of its files and the seconds up to it: one
 without it was cut short, one that it does not fit was damaged, and neither is gone on from."""
@@ -77,28 +78,17 @@ class _Trainer(Trainer):
     share; gradients are brought together by what `spread` made of the model.
     """
 
-    def __init__(
-        self, spread: Spread, processes: Processes, sampler: Sampler[int] | None, **settings: Any
-    ) -> None:
-        super().__init__(model=spread.model, **settings)
-        self.runs, self.processes, self.sampler = spread.run, processes, sampler
+    def __init__(self, passes: MicroBatches, sampler: Sampler[int] | None, **settings: Any) -> None:
+        super().__init__(model=passes.parts.model, **settings)
+        self.passes, self.processes, self.sampler = passes, passes.processes, sampler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler or super()._get_train_sampler(train_dataset)
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """`batch_loss`; one batch is one step.
-
-        The mean over the processes is that of the whole batch's response tokens, however many of
-        them each has.
-        """
-        if self.processes.size == 1:
-            return batch_loss(model, inputs)
-        n_tokens = inputs.pop(OF_THE_WHOLE_BATCH)
-        total, _ = summed_loss(self.model, inputs, self.runs)
-        return total * self.processes.size / n_tokens
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One batch is one step, whole or in parts."""
+        model.train()
+        return self.passes.backward(inputs[ROWS], self.compute_loss_context_manager)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """One whose states are kept whole, whoever has a share of them."""
@@ -200,6 +190,7 @@ def train(
     checkpoint_seconds: float = 60,
     mixed_precision: bool = False,
     gradient_checkpointing: bool = False,
+    micro_batch_tokens: int | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> TrainingResult:
@@ -214,11 +205,15 @@ def train(
         mixed_precision: bfloat16 in the passes; the parameters stay in the precision they have.
         gradient_checkpointing: layers run a second time for the backward pass, in place of keeping
             what they computed: less memory, a third more computing.
+        micro_batch_tokens: padded tokens that pass at once in each process; a step of more passes
+            in parts of like length, with the same gradients up to rounding. None: a whole step, or
+            what fits in memory.
         processes: all of them call this alike, in their group, and share each batch. What was
             trained is in the first one's model.
 
     Raises:
         TrainingError: there is nothing to train or to learn from, or the loss is not a number.
+        DeviceMemoryError: a step of a single sample does not fit in memory.
     """
     if not encoded:
         raise TrainingError("there are no samples to train on. Raise selection.fraction.")
@@ -256,14 +251,13 @@ def train(
     last, seconds_before = processes.as_the_first_says("checkpoint", found) or (None, 0.0)
     with spread(model, processes) as parts:
         trainer = _Trainer(
-            parts,
-            processes,
+            MicroBatches(parts, pad_id, micro_batch_tokens, processes),
             LikeLength([len(sample) for sample in encoded], spec.batch_size, spec.seed)
             if spec.group_by_length
             else None,
             args=arguments,
             train_dataset=_Samples(encoded),
-            data_collator=lambda rows: _shared_batch(rows, pad_id, processes),
+            data_collator=lambda rows: {ROWS: rows},
             callbacks=[_Watch(progress, checkpoint_seconds, seconds_before, processes)],
         )
         # the table of figures that it prints at the end is for a console of its own
@@ -283,23 +277,6 @@ def train(
     ]
     tokens = round(sum(len(sample.input_ids) for sample in encoded) * steps / steps_an_epoch)
     return TrainingResult(curve, steps, tokens, seconds_before)
-
-
-def _shared_batch(
-    rows: Sequence[EncodedSample], pad_id: int, processes: Processes
-) -> dict[str, Tensor]:
-    """This process' share of a batch, with how many response tokens the whole of it has.
-
-    A process that gets no sample runs one of which nothing is learnt: the others wait for it.
-    """
-    if processes.size == 1:
-        return collate(rows, pad_id)
-    share = processes.share(rows)
-    batch = collate(share or rows[:1], pad_id)
-    if not share:
-        batch["labels"].fill_(IGNORED_LABEL)
-    n_tokens = sum(row.n_learnt for row in rows)
-    return batch | {OF_THE_WHOLE_BATCH: torch.tensor(n_tokens)}
 
 
 def _seal(checkpoint: Path, seconds: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from p2d_core.errors import DataError, SettingsError
+from p2d_core.errors import DataError, DeviceMemoryError, SettingsError
 from p2d_core.samples.chat_tokens import ChatEncoding, ChatIds
 from p2d_core.samples.schema import Sample
 
@@ -212,7 +212,7 @@ def each_batch(
     batches to come.
 
     Raises:
-        torch.OutOfMemoryError: a single sample does not fit.
+        DeviceMemoryError: a single sample does not fit.
     """
     for batch in batches_by_tokens(encoded, budget):
         waiting = [batch]
@@ -223,7 +223,10 @@ def each_batch(
                 made = work(indices)
             except torch.OutOfMemoryError as error:
                 if len(indices) == 1:
-                    raise
+                    raise DeviceMemoryError(
+                        f"out of memory: a single sample of {len(encoded[indices[0]])} tokens does "
+                        "not fit. Set precision: bfloat16, or lower format.max_tokens."
+                    ) from error
                 failed = str(error)
             if failed is None:
                 yield indices, made

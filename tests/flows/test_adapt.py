@@ -241,9 +241,9 @@ def test_settings_that_cannot_change_a_result_reuse_everything(job):
     assert computed(again) == []
 
 
-def test_gradient_checkpointing_changes_nothing_but_what_full_fine_tuning_would_take(job):
-    again = job.run(training={"gradient_checkpointing": True})
-    assert computed(again) == ["reference"]
+@pytest.mark.parametrize("saving", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 64}])
+def test_what_saves_memory_changes_nothing_but_what_full_fine_tuning_would_take(job, saving):
+    assert computed(job.run(training=saving)) == ["reference"]
 
 
 def test_one_changed_line_measures_only_its_shard_again(job, tmp_path):

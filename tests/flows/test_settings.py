@@ -165,6 +165,7 @@ CHANGES = [
     ("training", {"warmup": 0.5}),
     ("training", {"checkpoint_seconds": 3}),
     ("training", {"gradient_checkpointing": True}),
+    ("training", {"micro_batch_tokens": 512}),
     ("training", {"parallel": "fsdp"}),
     ("arms", {"full_learning_rate": 1}),
     ("preset", "paper"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from prefect import flow
 
-from p2d_core.errors import P2DError, TransientError
+from p2d_core.errors import DeviceMemoryError, P2DError, TransientError
 from p2d_core.samples.source import SourceSpec
 from p2d_core.store import Store
 from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, SourceInput, stage
@@ -121,7 +121,13 @@ def run_in_a_flow(task, *args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "passing", [TransientError("busy"), OSError("disk"), torch.cuda.OutOfMemoryError("full")]
+    "passing",
+    [
+        TransientError("busy"),
+        OSError("disk"),
+        torch.cuda.OutOfMemoryError("full"),
+        DeviceMemoryError("full"),
+    ],
 )
 def test_what_may_pass_by_itself_is_tried_again(runtime, passing):
     FAILURES[:] = [passing]

@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_does(name, two, tmp_path):
     together = load_file(two / name / "moved.safetensors")
     assert together.keys() == alone.keys()
     # AdamW's first steps are as long for a gradient of 1e-8 as for one of 1
-    tolerance = 3e-2 if case.precision == "bfloat16" else 3e-4
+    tolerance = 3e-2 if case.precision == "bfloat16" else 5e-4
     for moved, values in alone.items():
         torch.testing.assert_close(together[moved], values, rtol=0, atol=tolerance)
     for seen, expected in zip(curve_of(two / name), result.curve, strict=True):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -251,30 +252,29 @@ def long_samples(n: int = 8) -> list[EncodedSample]:
     ]
 
 
-def gradients(adaptation: str, folder: Path, *, checkpointing: bool) -> tuple[Tensor, int]:
+def gradients(adaptation: str, folder: Path, **saving: Any) -> tuple[Tensor, int]:
     """After one step of training, all in a row; and the most bytes that were allocated at once."""
     model = attach(adaptation, tiny_llama()).model
-    kept: list[Tensor] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(lambda gradient: kept.append(gradient.flatten().clone()))
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept: dict[int, Tensor] = {}
+    for place, parameter in enumerate(moving):
+        # after each part of a step there is more in it
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, place=place: kept.update({place: parameter.grad.flatten().clone()})
+        )
     one = TrainingSpec(epochs=1, learning_rate=0.0, batch_size=8)
     with torch.profiler.profile(profile_memory=True) as profile:
-        train(
-            model, long_samples(), one, pad_id=0, scratch=folder,
-            gradient_checkpointing=checkpointing,
-        )  # fmt: skip
+        train(model, long_samples(), one, pad_id=0, scratch=folder, **saving)
     events = profile.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    return torch.cat(kept), max(itertools.accumulate(sizes))
+    return torch.cat([kept[place] for place in sorted(kept)]), max(itertools.accumulate(sizes))
 
 
+@pytest.mark.parametrize("saving", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 240}])
 @pytest.mark.parametrize("adaptation", ["heads", "full", "lora"])
-def test_gradient_checkpointing_takes_less_memory_and_gives_the_same_gradients(
-    adaptation, tmp_path
-):
-    kept, most = gradients(adaptation, tmp_path / "kept", checkpointing=False)
-    again, less = gradients(adaptation, tmp_path / "again", checkpointing=True)
+def test_what_saves_memory_gives_the_same_gradients(adaptation, saving, tmp_path):
+    kept, most = gradients(adaptation, tmp_path / "kept")
+    again, less = gradients(adaptation, tmp_path / "again", **saving)
     torch.testing.assert_close(again, kept, rtol=0, atol=1e-6)
     assert kept.abs().max() > 1e-3
     assert less < 0.7 * most

@@ -37,6 +37,8 @@ class Case:
     parallel: str
     precision: str = "float32"
     gradient_checkpointing: bool = False
+    micro_batch_tokens: int | None = None
+    """In two processes; one passes whole steps."""
 
 
 CASES = {
@@ -53,6 +55,10 @@ CASES = {
 } | {
     f"heads in {precision}, checkpointed, fsdp": Case("heads", "fsdp", precision, True)
     for precision in ("float32", "bfloat16")
+}
+CASES |= {
+    f"full in parts, {parallel}": Case("full", parallel, micro_batch_tokens=8)
+    for parallel in ("ddp", "fsdp")
 }
 STOPPED = ("heads, ddp", "full, fsdp")
 """Cases that are also stopped in the middle and gone on with."""
@@ -110,6 +116,7 @@ def trained(
         checkpoint_seconds=checkpoint_seconds,
         mixed_precision=case.precision == "bfloat16",
         gradient_checkpointing=case.gradient_checkpointing,
+        micro_batch_tokens=case.micro_batch_tokens if processes.size > 1 else None,
         progress=progress,
         processes=processes,
     )
