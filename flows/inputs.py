@@ -114,6 +114,7 @@ def check_inputs(
         options.setdefault("slices", settings.heads.slices)
     adaptation = adaptations.make(settings.training.adaptation, options, seed=seed)
     where = _condition(settings.selection.where, scorer)
+    _check_quotas(settings)
     evaluating = _evaluating(settings)
     text = like.base.text if like else _check_data(settings, evaluating, folder)
     evaluation = settings.evaluation
@@ -212,6 +213,18 @@ def _condition(where: str | None, scorer: Any) -> str | None:
     return checked_condition(where, tuple(s.name for i, s in steps if i or s.gate is not None))
 
 
+def _check_quotas(settings: RunSettings) -> None:
+    names = {source.name for source in settings.corpus.sources}
+    if settings.corpus.include_target:
+        names.add(settings.target.name)
+    unknown = sorted(set(settings.selection.quotas) - names)
+    if unknown:
+        raise SettingsError(
+            f"selection.quotas: the corpus has no source {unknown[0]!r}. "
+            f"It has {', '.join(sorted(names))}."
+        )
+
+
 def make_runtime(settings: RunSettings, store: Path, run_id: str) -> Runtime:
     """What of the settings cannot change a result."""
     return Runtime(
@@ -286,7 +299,12 @@ def _check_data(settings: RunSettings, evaluating: EvaluationSpec, base: Path) -
         if spec.is_on_hub:
             continue
         size = sum(file.path.stat().st_size for file in files_of(spec))
-        for row, sample in enumerate(checked(spec)):
+        samples = checked(spec)
+        if other is evaluation.retention:
+            samples = list(samples)
+            # every arm trains on the proxy samples
+            refuse_overlap(target, samples, "retention")
+        for row, sample in enumerate(samples):
             if other is evaluation.retention:
                 check_sample(sample, evaluating)
             if size > READ_WHOLE_BYTES and row >= ROWS_READ_OF_MORE:

@@ -58,7 +58,7 @@ def started(
         ServiceError: Prefect's server went away before the work was done.
     """
     finished: list[T] = []
-    answered = ask_ahead(settings.tracking.uri, settings.tracking.experiment)
+    answered = ask_ahead(settings.tracking.uri, settings.tracking.experiment, store)
 
     def run(run_id: str) -> T:
         answered()
@@ -117,7 +117,7 @@ def run_of(
         return
     settings = pinned(anchored(settings, Path.cwd()))
     checked, base = check(settings)
-    ask_ahead(settings.tracking.uri, settings.tracking.experiment)()
+    ask_ahead(settings.tracking.uri, settings.tracking.experiment, store)()
     with engine_of(settings, base), on_worker(store) as run_id:
         yield Begun(settings, run_id, checked, [])
 

@@ -39,6 +39,8 @@ class Ledger:
 
     run_id: str
     entries: list[_Entry] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    """Artifacts that were paid for and are no longer there to say how much."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[list[ArtifactRef]]:
@@ -56,13 +58,15 @@ class Ledger:
     def _costs(self, entry: _Entry) -> tuple[float, float, bool]:
         """Cold seconds, seconds of this run, and whether all of it was reused.
 
-        What was made now cost what its manifest says; a reused artifact costs its look-up, for
-        which the call's remaining time stands.
+        What was made now cost what its manifest says, but for what a run before had done of it; a
+        reused artifact costs its look-up, for which the call's remaining time stands.
         """
         manifests = [ref.manifest for ref in entry.refs]
         made = [m for m in manifests if m.run_id == self.run_id]
         cold = sum(float(m.cost["wall_seconds"]) for m in manifests)
-        now = sum(float(m.cost["wall_seconds"]) for m in made)
+        # manifests of before 2026-11-28 do not say what runs that were stopped took of it
+        earlier = sum(float(m.cost.get("seconds_before", 0)) for m in made)
+        now = sum(float(m.cost["wall_seconds"]) for m in made) - earlier
         if len(made) < len(manifests):
             now = max(now, entry.seconds)
         return cold, now, not made

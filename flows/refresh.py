@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,10 @@ class Refresh:
     number: int
     """Looks so far, this one included."""
     drift: Drift | None
-    """None where there was no map to look at: the first look, or it is damaged or gone."""
+    """None where there was no map to look at: the first look, it is damaged or gone, or the
+    settings name another ranker."""
+    ranker_before: str | None = None
+    """That the map in use was ranked by, where the settings name another one now."""
 
     @property
     def sentence(self) -> str:
@@ -53,6 +57,12 @@ class Refresh:
         if self.drift is None:
             if self.before is None:
                 return f"No head map was in use for {self.target}: {self.in_use[:12]} is now."
+            if self.ranker_before is not None:
+                return (
+                    f"The head map {self.before[:12]} that was in use for {self.target} was ranked "
+                    f"by {self.ranker_before}, as the settings no longer say: {self.in_use[:12]} "
+                    "takes its place."
+                )
             gone = f"The head map {self.before[:12]} that was in use for {self.target}"
             return f"{gone} is damaged or gone: {self.in_use[:12]} was ranked in its place."
         kept = f"{self.in_use[:12]} stays in use."
@@ -138,6 +148,11 @@ def look(
         use_from_now_on(run, heads, "the first look", number)
         before = used.key if used is not None else None
         return Refresh(settings.name, name, heads.key, before, number, None)
+    before, now = ranker_of(kept), in_words(inputs.ranker.name, inputs.ranker.settings)
+    if before != now:
+        heads = find_heads(run, target)
+        use_from_now_on(run, heads, f"{used.key[:12]} is of another ranker", number)
+        return Refresh(settings.name, name, heads.key, used.key, number, None, before)
     maps = fresh_maps(run, target, number, draws)
     found = drift(head_map_in(kept), [head_map_in(one) for one in maps], margin=margin)
     if found.has_drifted:
@@ -150,9 +165,22 @@ def look(
     return Refresh(settings.name, name, used.key, used.key, number, found)
 
 
+def ranker_of(heads: ArtifactRef) -> str:
+    """What a head map was ranked by, in words."""
+    ranker = heads.manifest.settings["ranker"]
+    return in_words(ranker["name"], ranker["settings"])
+
+
+def in_words(name: str, options: Iterable[Sequence[Any]]) -> str:
+    """Such as spad (support values, temperature 1.0)."""
+    listed = ", ".join(f"{option} {value}" for option, value in options)
+    return f"{name} ({listed})" if listed else name
+
+
 def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> None:
     """What came of a look, in MLflow as a point of a series and in Prefect as an artifact."""
-    figures = {"drift/replaced": float(done.before not in (None, done.in_use))}
+    replaced = done.before not in (None, done.in_use) and done.ranker_before is None
+    figures = {"drift/replaced": float(replaced)}
     if (found := done.drift) is not None:
         figures |= {
             "drift/spearman": found.spearman,

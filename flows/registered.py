@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from p2d_core.errors import ArtifactError, ServiceError
 from p2d_core.store import Store
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+T = TypeVar("T")
 PAGE = 1000
+MOST_ASKED = 20
+"""Runs that a server is asked for, the newest: one is enough."""
 LOGGED = re.compile("models:/(m-[0-9a-f]+)")
 """Source of a version that was registered from a logged model."""
 SQLITE = "sqlite:///"
@@ -32,43 +35,88 @@ def registered_keys(store: Store, servers: Sequence[str]) -> set[str]:
     """Keys of artifacts that a registered model version names, at the servers and in the store.
 
     Args:
-        servers: MLflow servers beside the store's own database, which is looked at if it is there.
+        servers: MLflow servers beside the store's own database and others that runs were recorded
+            in, which are looked at if they are there.
 
     Raises:
         ServiceError: one of them does not answer or refuses, or runs of this store were recorded
-            at more servers than are given.
+            at a server that is none of them.
     """
     recorded = _recorded_elsewhere(store)
-    given = {shown_uri(uri).rstrip("/") for uri in servers}
+    files = [uri for uri in recorded if uri.startswith(SQLITE) and _file_of(uri).is_file()]
+    given = {shown_uri(uri).rstrip("/") for uri in (*servers, *files)}
     # from here a server may have another address than from where the run was
-    if len(unasked := recorded - given) > len(given - recorded):
+    unasked = [
+        uri
+        for uri, runs in sorted(recorded.items())
+        if uri not in given and not any(_knows_one_of(runs, server) for server in servers)
+    ]
+    if unasked:
         raise ServiceError(
-            f"runs of this store were recorded in MLflow at {', '.join(sorted(unasked))}, which "
-            f"this command was not told to ask. {NOTHING_REMOVED} Name the server with --mlflow "
-            "URI or MLFLOW_TRACKING_URI (several: --mlflow for each), by the address that it has "
-            "from here."
+            f"runs of this store were recorded in MLflow at {', '.join(unasked)}, which this "
+            f"command was not told to ask. {NOTHING_REMOVED} Name the server with --mlflow URI or "
+            "MLFLOW_TRACKING_URI (several: --mlflow for each), by the address that it has from "
+            "here; it is known by these runs."
         )
-    uris = [*servers, mlflow_uri(store.root)] if _database(store).is_file() else servers
-    return {key for uri in dict.fromkeys(uris) for key in _keys_at(uri)}
+    own = [mlflow_uri(store.root)] if _database(store).is_file() else []
+    return {key for uri in dict.fromkeys([*servers, *files, *own]) for key in _keys_at(uri)}
 
 
 def _database(store: Store) -> Path:
     return store.root / "mlflow" / "mlflow.db"
 
 
-def _recorded_elsewhere(store: Store) -> set[str]:
-    """What summaries of runs name beside the store's own database; a damaged one names nothing."""
-    found = set()
+def _file_of(uri: str) -> Path:
+    return Path(uri.removeprefix(SQLITE))
+
+
+def _recorded_elsewhere(store: Store) -> dict[str, list[str]]:
+    """What summaries of runs name beside the store's own database, each with its runs' ids there.
+
+    A damaged summary names nothing.
+    """
+    found: dict[str, list[str]] = {}
+    own = _database(store)
     for file in run_files(store):
         with suppress(ArtifactError, KeyError, TypeError, AttributeError):
-            uri = str(read_summary(file)["mlflow"]["tracking_uri"])
+            recorded = read_summary(file)["mlflow"]
+            uri = str(recorded["tracking_uri"]).rstrip("/")
             # a store that was moved still has its database, under another path
-            if not (uri.startswith(SQLITE) and _database(store).is_file()):
-                found.add(uri.rstrip("/"))
+            is_own = uri.startswith(SQLITE) and (
+                not _file_of(uri).is_file() or _file_of(uri).resolve() == own.resolve()
+            )
+            if not (is_own and own.is_file()):
+                found.setdefault(uri, []).append(str(recorded["run_id"]))
     return found
 
 
+def _knows_one_of(runs: Sequence[str], uri: str) -> bool:
+    """Whether an MLflow has one of these runs, so that it is the one where they were recorded."""
+    from mlflow.exceptions import MlflowException
+
+    def look(client: MlflowClient) -> bool:
+        for run in runs[:MOST_ASKED]:
+            try:
+                client.get_run(run)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            else:
+                return True
+        return False
+
+    return _asked(uri, look)
+
+
 def _keys_at(uri: str) -> set[str]:
+    return _asked(
+        uri,
+        lambda client: {key for version in _versions(client) for key in _keys_of(client, version)},
+    )
+
+
+def _asked(uri: str, question: Callable[[MlflowClient], T]) -> T:
+    """What an MLflow answers, or why it does not."""
     # who waits for an answer wants to know within a minute that there is none
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -81,11 +129,10 @@ def _keys_at(uri: str) -> set[str]:
         # what goes wrong is raised, and told once
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        if uri.startswith(SQLITE) and not _file_of(uri).is_file():
             # to ask it would make it
             raise FileNotFoundError("there is no such file")
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        return {key for version in _versions(client) for key in _keys_of(client, version)}
+        return question(MlflowClient(tracking_uri=uri, registry_uri=uri))
     except (MlflowException, SQLAlchemyError, OSError) as error:
         said = str(error).splitlines()[0].rstrip(".")[:300] if str(error) else type(error).__name__
         raise ServiceError(

@@ -94,6 +94,7 @@ def make_summary(
             stages=dict(cold.stages),
             stages_this_run=dict(now.stages),
             machines=ledger.machines(),
+            gone=ledger.gone,
         ),
         stages=lines,
         reused=[line.name for line in lines if line.reused],

@@ -15,8 +15,10 @@ from flows.hub import pinned
 from flows.inputs import check_inputs
 from flows.launch import on_worker, ranked_bases, run_name, store_folder
 from flows.settings import RunSettings, Share, SourceSettings, anchored
+from p2d_core.errors import HeadMapError
 from p2d_core.store import Store
 from tasks.summary import Summary
+from tasks.tracking.ahead import ask_ahead
 
 
 def rerun_name() -> str:
@@ -50,7 +52,12 @@ def rerun_from_head_map(
     folder = store_folder(store)
     changed = pinned(anchored(with_other_budget(settings, fraction, corpus), Path.cwd()))
     inputs = check_inputs(changed, ranked_bases(Store(folder)))
-    given_head_map(Store(folder), head_map, inputs, changed.target.name)
+    if given_head_map(Store(folder), head_map, inputs, changed.target.name) is None:
+        raise HeadMapError(
+            f"no head map is in use for {changed.target.name}. Run refresh-head-map first, or give "
+            "the key of a head map."
+        )
+    ask_ahead(changed.tracking.uri, changed.tracking.experiment, folder)()
     with engine_of(changed, inputs.base), on_worker(folder) as run_id:
         return adapt_to(changed, run_id, inputs, folder, head_map)
 

@@ -253,7 +253,7 @@ TagName = Annotated[str, Field(max_length=250, pattern=r"^[A-Za-z0-9_][A-Za-z0-9
 class TrackingSettings(Section):
     """Where runs are recorded."""
 
-    experiment: str = "p2d"
+    experiment: Annotated[str, Field(min_length=1)] = "p2d"
     """MLflow experiment."""
     uri: str | None = None
     """MLflow server; if empty MLFLOW_TRACKING_URI, or else SQLite and a folder in the store."""

@@ -128,10 +128,14 @@ def heads_for(run: Run, data: Data, given: ArtifactRef | None) -> ArtifactRef | 
 
 def reuse_heads(run: Run, heads: ArtifactRef) -> ArtifactRef:
     """A given head map, with what it and its proxy run cost when they were made."""
-    for ref in reversed(Store(Path(run.runtime.store)).lineage(heads)):
+    store = Store(Path(run.runtime.store))
+    for ref in reversed(store.lineage(heads)):
         if ref.stage in ("proxy", "heads"):
             with run.ledger.stage(ref.stage) as found:
                 found.append(ref)
+        proxy = ref.manifest.inputs.get("proxy") if ref.stage == "heads" else None
+        if proxy and not store.path("proxy", proxy).exists():
+            run.ledger.gone.append(f"proxy/{proxy[:12]}")
     return heads
 
 

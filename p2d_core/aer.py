@@ -27,6 +27,8 @@ class Cost:
     """Seconds during which the device (GPU, or all CPU cores lent to torch) was held."""
     samples: int = 0
     tokens: int = 0
+    seconds_before: float = 0.0
+    """Of the wall seconds those of runs that were stopped, from which the last one went on."""
     peak_memory_bytes: int = 0
     """Highest while it was made: of the GPU's allocator where there is one, else resident memory of
     the process, whatever else it did meanwhile."""
@@ -39,6 +41,7 @@ class Cost:
             self.device_seconds + other.device_seconds,
             self.samples + other.samples,
             self.tokens + other.tokens,
+            self.seconds_before + other.seconds_before,
             max(self.peak_memory_bytes, other.peak_memory_bytes),
             " + ".join(sorted(machines)),
         )

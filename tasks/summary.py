@@ -206,16 +206,24 @@ class AERSummary(BaseModel):
     stages_this_run: dict[str, float]
     machines: list[str] = []
     """On which the model was run for any of it."""
+    gone: list[str] = []
+    """Artifacts that cost something, and are no longer in the store to say how much."""
 
     @property
     def caveat(self) -> str:
         """What makes the ratio say little; empty if nothing does."""
-        if len(self.machines) < 2:
-            return ""
-        return (
-            f"The seconds of the AER are of several machines ({'; '.join(self.machines)}): their "
-            "ratio says little. A run in a new store is of one."
-        )
+        said = []
+        if len(self.machines) > 1:
+            said.append(
+                f"The seconds of the AER are of several machines ({'; '.join(self.machines)}): "
+                "their ratio says little. A run in a new store is of one."
+            )
+        if self.gone:
+            said.append(
+                f"The cold AER is too low: the store no longer has {', '.join(self.gone)}, so that "
+                "what it cost is not known. Without --head-map it is made again."
+            )
+        return " ".join(said)
 
 
 class RegisteredSummary(BaseModel):

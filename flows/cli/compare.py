@@ -56,9 +56,10 @@ def compare(
 
     with listening():
         made = run_compare(settings, store=store)
-    show(made, Console())
     if summary is not None:
+        # first: whoever reads the screen may have closed it
         summary.write_text(_as_json(made), encoding="utf-8")
+    show(made, Console())
     refuse_if_all_failed(read(made.path)[0])
 
 

@@ -12,9 +12,10 @@ from tasks.summary import Summary
 
 
 def finish(done: Summary, file: Path | None) -> None:
-    """Shows what came of a run and writes it to ``file`` if there is one."""
+    """Writes what came of a run to ``file`` if there is one, and shows it."""
+    if file is not None:
+        # first: whoever reads the screen may have closed it
+        file.write_text(done.to_json(), encoding="utf-8")
     folder = done.artifacts.get("heads")
     picture = head_map_text(Path(folder)) if folder is not None else None
     show_summary(done, picture, Console())
-    if file is not None:
-        file.write_text(done.to_json(), encoding="utf-8")

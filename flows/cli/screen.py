@@ -14,6 +14,7 @@ from flows.cli.progress import duration
 from flows.cli.text import indented, narrowed, plain, say, table_of, title
 from tasks.report.further import further
 from tasks.summary import RejectedSummary, SelectionSummary, Summary, TrainableSummary
+from tasks.tracking.database import mlflow_uri
 from tasks.verdict import ARM_NAMES, TERM_NAMES, percent, times, trained_on, verdict
 
 SHORT = 30
@@ -223,7 +224,7 @@ def _next(summary: Summary, console: Console) -> None:
         store = f" --store {shlex.quote(str(folder))}"
     query = "SELECT left(key, 8) AS artifact, source, avg(affinity) FROM scores GROUP BY ALL"
     server = summary.mlflow.get("tracking_uri", "")
-    is_local = not server or server.startswith("sqlite:")
+    is_local = server in ("", mlflow_uri(folder))
     what = "charts, pictures and the adapter, in MLflow"
     commands = {f"p2d ui{store}": what} if is_local else {}
     form = "lora" if summary.trainable.adaptation in ("heads", "lora") else "merged"

@@ -14,6 +14,7 @@ import typer
 
 from flows.cli.options import DEFAULT_STORE, StoreOption, existing_store
 from p2d_core.errors import InputError, P2DError
+from tasks.tracking.database import server_of, shown_uri
 
 HOST = "127.0.0.1"
 USUAL_PORT = 5000
@@ -39,8 +40,12 @@ def ui(
     """
     folder = existing_store(store).root / "mlflow"
     if not (folder / "mlflow.db").is_file():
+        server = server_of(None)
         raise InputError(
             f"no run has been recorded in {folder.parent} yet. `p2d demo` records one."
+            if server is None
+            else f"{folder.parent} has no runs of its own: MLFLOW_TRACKING_URI names "
+            f"{shown_uri(server)}. Look there, or unset it before a run."
         )
     if port is not None and not is_free(port):
         raise InputError(f"port {port} is busy. Leave --port out and a free one is taken.")

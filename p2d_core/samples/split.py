@@ -86,8 +86,10 @@ def _draw_key(seed: int, sample_id: str) -> str:
     return hashlib.sha256(f"{seed}:{sample_id}".encode()).hexdigest()
 
 
-def refuse_overlap(target: Iterable[Sample], evaluation: Iterable[Sample]) -> None:
-    """Checks that no sample is both in the target and in the evaluation set.
+def refuse_overlap(
+    target: Iterable[Sample], evaluation: Iterable[Sample], what: str = "evaluation"
+) -> None:
+    """Checks that no sample is both in the target and in the evaluation set, or another one.
 
     Raises:
         DataError: says how many are, and where the first one stands; rows count from 1.
@@ -104,7 +106,7 @@ def refuse_overlap(target: Iterable[Sample], evaluation: Iterable[Sample]) -> No
     theirs = next(iter(shared.values()))
     ours = in_target[theirs.sample_id]
     raise DataError(
-        f"target and evaluation share {len(shared)} sample{'s' if len(shared) > 1 else ''}; the "
+        f"target and {what} share {len(shared)} sample{'s' if len(shared) > 1 else ''}; the "
         f"first: row {ours.row + 1} of {ours.source!r} is row {theirs.row + 1} of "
         f"{theirs.source!r} (rows count from 1). Remove them from one of the two files, or set "
         "`skip:` and `limit:` so that they do not meet."

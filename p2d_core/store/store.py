@@ -128,7 +128,8 @@ class Store:
                 with measured() as watch:
                     build(making)
                     watch.samples, watch.tokens = making.samples, making.tokens
-                before = Cost(making.seconds_before, making.seconds_before)
+                earlier = making.seconds_before
+                before = Cost(earlier, earlier, seconds_before=earlier)
                 cost = before + (making.cost or watch.cost)
                 cost = replace(cost, device_seconds=cost.device_seconds * making.processes)
                 write_manifest(staging, recipe, facts=making.facts, cost=cost, run_id=run_id)

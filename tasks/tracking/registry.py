@@ -56,6 +56,20 @@ class Measured:
         """How much better than another value; negative: worse."""
         return self.value - other if self.higher_is_better else other - self.value
 
+    def is_comparable(self, other: Measured) -> bool:
+        """Whether both were judged in the same way, on the same samples."""
+        return bool(self.samples) and self._how == other._how
+
+    def against(self, other: Measured) -> str:
+        """In words what makes the two not comparable."""
+        if (self.metric, self.higher_is_better) != (other.metric, other.higher_is_better):
+            return f"{self.metric} against {other.metric}"
+        return "on other evaluation samples"
+
+    @property
+    def _how(self) -> tuple[str, bool, str]:
+        return self.metric, self.higher_is_better, self.samples
+
     def as_tags(self) -> dict[str, str]:
         """What a later run reads to compare with."""
         return {
@@ -104,15 +118,10 @@ def judge(
         return True, f"{over_base}, and there was no champion"
     if champion is None:
         return False, f"{over_base}, but of the champion, version {version}, no quality is known"
-    if (new.metric, new.higher_is_better) != (champion.metric, champion.higher_is_better):
+    if not new.is_comparable(champion):
         return False, (
             f"{over_base}, but it cannot be compared with the champion, version {version}: "
-            f"{new.metric} against {champion.metric}"
-        )
-    if not new.samples or new.samples != champion.samples:
-        return False, (
-            f"{over_base}, but it cannot be compared with the champion, version {version}: "
-            "that was measured on other evaluation samples"
+            f"{new.against(champion)}"
         )
     difference = new.over(champion.value)
     if difference < 0:
@@ -174,11 +183,19 @@ def register(
     present = str(champion.version) if champion is not None else ""
     is_champion = known is not None and present == str(known.version)
     held = champion.tags if champion is not None else {}
+    before = Measured.of_tags(held)
     if is_champion:
         moves, why = True, held["champion_why"] if held.get(MOVED) == "true" else BY_HAND
+        if before is not None and not new.is_comparable(before):
+            # later versions are held against what it became champion by
+            client.set_registered_model_alias(name, CHALLENGER, present)
+            why = f"{why}; this run measured otherwise ({new.against(before)}), which leaves it so"
+            return RegisteredSummary(
+                name=name, version=present, reused=True, champion=True, why=why
+            )
     else:
         base = summary.quality.base
-        moves, why = judge(new, base, gate.margin, Measured.of_tags(held), present)
+        moves, why = judge(new, base, gate.margin, before, present)
     tags = new.as_tags() | {
         "quality_base": repr(summary.quality.base),
         MOVED: json.dumps(moves and why != BY_HAND),

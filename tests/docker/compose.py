@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 DOCKER = Path(__file__).parents[2] / "docker"
-VARIABLE = re.compile(r"\$\{(\w+)(:?\?[^}]*)?\}")
+VARIABLE = re.compile(r"\$\{(\w+)(:?\?[^}]*|:-[^}]*)?\}")
 
 
 def read_env(file: Path) -> dict[str, str]:
@@ -20,8 +20,9 @@ def read_env(file: Path) -> dict[str, str]:
 
 
 def variables(file: Path) -> set[str]:
-    """Names of all variables that a compose file asks for."""
-    return {name for name, _ in VARIABLE.findall(file.read_text(encoding="utf-8"))}
+    """Names of all variables that a compose file asks for and has no default of."""
+    found = VARIABLE.findall(file.read_text(encoding="utf-8"))
+    return {name for name, otherwise in found if not otherwise.startswith(":-")}
 
 
 def read_compose(file: Path, env: dict[str, str]) -> dict[str, Any]:
@@ -33,6 +34,8 @@ def read_compose(file: Path, env: dict[str, str]) -> dict[str, Any]:
 
     def value(found: re.Match[str]) -> str:
         name, otherwise = found.groups()
+        if (otherwise or "").startswith(":-"):
+            return env.get(name) or otherwise[2:]
         if name not in env or ((otherwise or "").startswith(":?") and not env[name]):
             raise KeyError(name)
         return env[name]

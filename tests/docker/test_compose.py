@@ -118,7 +118,20 @@ def test_without_it_compose_says_what_to_do():
     with pytest.raises(KeyError):
         read_compose(COMPOSE, {})
     asked = re.findall(r"\$\{\w+([^}]*)\}", COMPOSE.read_text())
-    assert set(asked) == {":?run docker/make_env.py first", "?run docker/make_env.py first"}
+    has_default = {":-", ":-stack"}
+    told = {":?run docker/make_env.py first", "?run docker/make_env.py first"}
+    assert set(asked) == told | has_default
+
+
+def test_a_token_of_the_hub_and_further_parts_reach_the_worker(env):
+    """Downloads lie in the store's volume, or each new container would make them again."""
+    plain = read_compose(COMPOSE, env)["services"]["worker"]
+    assert (plain["environment"]["HF_TOKEN"], plain["build"]["args"]["EXTRAS"]) == ("", "stack")
+    asked = env | {"HF_TOKEN": "secret", "EXTRAS": "stack,eval"}
+    worker = read_compose(COMPOSE, asked)["services"]["worker"]
+    assert worker["environment"]["HF_TOKEN"] == "secret"
+    assert worker["build"]["args"]["EXTRAS"] == "stack,eval"
+    assert worker["environment"]["HF_HOME"].startswith(worker["environment"]["P2D_STORE"] + "/.")
 
 
 # --- compose.yaml
@@ -382,13 +395,14 @@ def test_everything_is_pinned(services):
 def test_cpu_or_cuda_is_an_argument_of_the_build(services, tmp_path):
     for service in services.values():
         if "build" in service:
-            assert service["build"]["args"] == {"TORCH": "cuda", "TORCH_INDEX": ""}
+            torch = {"TORCH": "cuda", "TORCH_INDEX": ""}
+            assert service["build"]["args"] == torch | {"EXTRAS": "stack"}
     index = "https://an.index"
     make_env(tmp_path, "--file", tmp_path / ".env", "--torch-index", index)
     asked = read_compose(COMPOSE, read_env(tmp_path / ".env"))["services"]["worker"]["build"][
         "args"
     ]
-    assert asked == {"TORCH": "cpu", "TORCH_INDEX": index}
+    assert asked == {"TORCH": "cpu", "TORCH_INDEX": index, "EXTRAS": "stack"}
 
 
 @pytest.mark.parametrize(
@@ -415,7 +429,7 @@ def test_what_the_build_installs_for_each(tmp_path, torch, index, ends, installs
     pip.chmod(0o755)
     done = subprocess.run(
         ["/bin/sh", "-c", script], cwd=tmp_path, check=False, capture_output=True,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch, "TORCH_INDEX": index},
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch, "TORCH_INDEX": index, "EXTRAS": "stack"},
     )  # fmt: skip
     assert done.returncode == ends, done.stderr
     asked = tmp_path / "asked"

@@ -296,6 +296,18 @@ def test_a_given_head_map_still_has_its_price(job):
     assert given.aer.cold == pytest.approx(job.first.aer.cold)
 
 
+def test_a_head_map_whose_proxy_run_is_gone_says_that_the_aer_lacks_it(job, tmp_path):
+    proxy = Path(job.first.artifacts["proxy"])
+    shutil.move(proxy, tmp_path / "proxy")
+    try:
+        given = job.run(head_map=job.first.artifacts["heads"])
+    finally:
+        shutil.move(tmp_path / "proxy", proxy)
+    assert given.aer.stages["proxy"] == 0
+    assert f"no longer has proxy/{proxy.name[:12]}" in given.aer.caveat
+    assert job.first.aer.caveat == ""
+
+
 def test_a_damaged_artifact_is_set_aside_and_made_again(job, caplog):
     scores = Path(job.first.artifacts["scores"]) / "scores.parquet"
     whole = scores.read_bytes()

@@ -252,3 +252,17 @@ def test_yaml_tags_run_no_code(tmp_path):
     result = CliRunner().invoke(app, ["adapt", str(file)])
     assert "is not YAML" in str(result.exception)
     assert not Path("ran").exists()
+
+
+def test_a_quota_of_a_source_that_is_not_in_the_corpus(case, capsys, monkeypatch):
+    case.values["selection"] = {"quotas": {"pol": 0.5}}
+    told = refusal(case, capsys, monkeypatch)
+    assert "selection.quotas: the corpus has no source 'pol'. It has pool, target." in told
+
+
+def test_retention_samples_that_are_in_the_target(case, capsys, monkeypatch):
+    """The proxy set is drawn from it, and trained on."""
+    case.write("old.jsonl", [case.row(300), case.row(7)])
+    case.values["evaluation"]["retention"] = {"path": "old.jsonl"}
+    told = refusal(case, capsys, monkeypatch)
+    assert "target and retention share 1 sample; the first: row 8 of 'target' is row 2 of" in told

@@ -55,6 +55,19 @@ def old(store) -> dict[str, ArtifactRef]:
     return refs
 
 
+def mlflow_at(file: Path, made_database: Path, run: str = "") -> str:
+    """Another MLflow, with a run of that id in it if one is given."""
+    shutil.copy(made_database, file)
+    if run:
+        with sqlite3.connect(file) as database:
+            database.execute(
+                "INSERT INTO runs (run_uuid, experiment_id, status, lifecycle_stage, start_time, "
+                "source_type, user_id) VALUES (?, 0, 'FINISHED', 'active', 0, 'LOCAL', 'me')",
+                (run,),
+            )
+    return f"sqlite:///{file}"
+
+
 def age(file: Path, days: float) -> None:
     then = file.stat().st_mtime - days * DAY
     os.utime(file, (then, then))
@@ -217,24 +230,38 @@ def test_a_server_that_refuses_counts_as_one_that_does_not_answer(store, old):
 
 def test_a_server_that_runs_were_recorded_at_has_to_be_named(store, old, made_database, tmp_path):
     """Otherwise a forgotten MLFLOW_TRACKING_URI would cost the champion."""
-    at_server = {"tracking_uri": "http://mlflow:5000", "experiment": "p2d", "run_id": "1"}
-    keep_run(store, summary(old, "old", mlflow=at_server))
+    at_server = {"tracking_uri": "http://mlflow:5000", "experiment": "p2d", "run_id": "1" * 32}
+    age(keep_run(store, summary(old, "old", mlflow=at_server)), 40)
     with pytest.raises(ServiceError, match=r"at http://mlflow:5000, .*nothing was removed.*--mlf"):
         gc(store, "--keep", "1")
     assert stages_left(old) == set(old)
-    shutil.copy(made_database, tmp_path / "now-here.db")
-    gc(store, "--keep", "1", "--mlflow", f"sqlite:///{tmp_path}/now-here.db")
+    new = mlflow_at(tmp_path / "new.db", made_database)
+    with pytest.raises(ServiceError, match=r"at http://mlflow:5000, .*it is known by these runs"):
+        gc(store, "--keep", "1", "--mlflow", new)  # one that is not the old one under another name
+    now_here = mlflow_at(tmp_path / "now-here.db", made_database, run="1" * 32)
+    gc(store, "--keep", "1", "--mlflow", now_here)
+    assert stages_left(old) == set()
+
+
+def test_another_database_on_this_machine_is_asked_unnamed(store, client, old, made_database):
+    """A run whose settings named it; the champion may stand there."""
+    uri = mlflow_at(store.root.parent / "other.db", made_database)
+    in_other = {"tracking_uri": uri, "experiment": "p2d", "run_id": "1" * 32}
+    age(keep_run(store, summary(old, "old", mlflow=in_other)), 40)
+    register(MlflowClient(uri, uri), "team", **{"key.heads": old["heads"].key})
+    gc(store, "--keep", "0")
+    assert stages_left(old) == {"samples", "proxy", "heads"}
 
 
 def test_of_two_servers_that_runs_were_recorded_at_both_have_to_be_named(
     store, old, made_database, tmp_path
 ):
-    for place, name in enumerate(("one", "two")):
-        shutil.copy(made_database, tmp_path / f"{name}.db")
-        at_server = {"tracking_uri": f"http://{name}:5000/", "experiment": "p2d", "run_id": "1"}
-        age(keep_run(store, summary(old, f"run{place}", mlflow=at_server)), 40)
+    for name, run in (("one", "1" * 32), ("two", "2" * 32)):
+        mlflow_at(tmp_path / f"{name}.db", made_database, run=run)
+        at_server = {"tracking_uri": f"http://{name}:5000/", "experiment": "p2d", "run_id": run}
+        age(keep_run(store, summary(old, f"run {name}", mlflow=at_server)), 40)
     one, two = (f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two"))
-    with pytest.raises(ServiceError, match=r"at http://one:5000, http://two:5000, which.*--mlflow"):
+    with pytest.raises(ServiceError, match=r"at http://two:5000, which.*--mlflow"):
         gc(store, "--keep", "1", "--mlflow", one)
     assert stages_left(old) == set(old)
     gc(store, "--keep", "1", "--mlflow", one, "--mlflow", two)

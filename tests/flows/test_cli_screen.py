@@ -166,6 +166,8 @@ def test_runs_that_a_server_has_are_looked_at_there(refs):
     assert "charts, pictures and the adapter, in MLflow at http://mlflow.team:5000" in text
     assert "p2d ui" not in text
     assert "p2d explain 3" in text
+    other = {"tracking_uri": "sqlite:////somewhere/else.db", "run_id": "1", "experiment": "p2d"}
+    assert "p2d ui" not in screen(summary(refs, mlflow=other))
 
 
 def test_a_store_with_a_space_in_its_name_is_quoted(refs):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from flows.adapt import run_adapt
@@ -10,8 +11,8 @@ from flows.refresh import run_refresh
 from flows.settings import load_settings
 from p2d_core.errors import DataError
 from p2d_core.heads.draws import mean_of_draws
-from p2d_core.heads.head_map import read_head_map
-from p2d_core.store import Store
+from p2d_core.heads.head_map import HEADS, HeadMap, read_head_map
+from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.in_use import InUse, head_map_in_use, put_in_use
 from p2d_core.synthetic.world import write_world
 from tests.flows.test_cli_heads import p2d, write_settings
@@ -35,6 +36,29 @@ def store(folder) -> Path:
 @pytest.fixture(scope="module")
 def first(folder, store):
     return run_refresh(load_settings(folder / "my.yaml"), store=store)
+
+
+def base_of_all(store: Path) -> str:
+    return next(iter(Store(store).refs("heads"))).manifest.inputs["base"]["sha256"]
+
+
+def upside_down(store: Store, key: str) -> ArtifactRef:
+    """A head map whose best heads are the other's worst, by the same ranker for all it says."""
+    good = store.resolve(key, stage="heads")
+    manifest = good.manifest
+    recipe = Recipe(
+        stage="heads",
+        version=manifest.version,
+        settings=dict(manifest.settings),
+        inputs=dict(manifest.inputs) | {"proxy": "another"},
+    )
+
+    def build(making: Making) -> None:
+        scores = -read_head_map(good.path / "heads.parquet").scores
+        pq.write_table(HeadMap.from_scores(scores, 4, 0.1).to_table(), making.folder / HEADS)
+        making.facts |= dict(manifest.facts)
+
+    return store.produce(recipe, build, run_id="by hand")
 
 
 def test_the_first_look_puts_a_map_to_use(first, store):
@@ -64,12 +88,9 @@ def test_a_map_that_holds_stays_and_each_look_draws_anew(folder, store, first, p
 
 def test_a_map_that_drifted_gives_way_to_the_mean_of_todays_draws(folder, first):
     store = folder / "artifacts"
-    base = next(iter(Store(store).refs("heads"))).manifest.inputs["base"]["sha256"]
-    upside_down = write_settings(folder, "options: {}").read_text().replace("frobenius", "bottom")
-    (folder / "bottom.yaml").write_text(upside_down)
-    write_settings(folder)
-    worst = run_adapt(load_settings(folder / "bottom.yaml"), store=store).artifacts["heads"]
-    put_in_use(store, base, "target", InUse(Path(worst).name, "2026-01-01", "by hand", 7))
+    base = base_of_all(store)
+    worst = upside_down(Store(store), first.in_use)
+    put_in_use(store, base, "target", InUse(worst.key, "2026-01-01", "by hand", 7))
 
     before = {ref.key for ref in Store(store).refs("heads")}
     done = run_refresh(load_settings(folder / "my.yaml"), store=store, margin=0.1)
@@ -87,6 +108,21 @@ def test_a_map_that_drifted_gives_way_to_the_mean_of_todays_draws(folder, first)
     assert "had drifted" in now.why
 
 
+def test_a_map_of_another_ranker_gives_way_without_a_word_of_drift(folder):
+    """The settings were changed; nothing is known of the target."""
+    settings = write_settings(folder).read_text()
+    (folder / "taylor.yaml").write_text(settings.replace("frobenius", "taylor"))
+    store = folder / "artifacts"
+    before = head_map_in_use(store, base_of_all(store), "target")
+    done = run_refresh(load_settings(folder / "taylor.yaml"), store=store)
+    assert (done.drift, done.before, done.number) == (None, before.key, 9)
+    assert f"was ranked by {done.ranker_before}, as the settings no longer say" in done.sentence
+    assert done.ranker_before.startswith("frobenius")
+    now = head_map_in_use(store, base_of_all(store), "target")
+    (ref,) = (ref for ref in Store(store).refs("heads") if ref.key == now.key)
+    assert ref.manifest.facts["ranker"] == "taylor"
+
+
 def test_mlflow_has_the_series_over_time(store, first):
     from mlflow import MlflowClient
 
@@ -95,11 +131,13 @@ def test_mlflow_has_the_series_over_time(store, first):
     (run,) = client.search_runs([experiment], "tags.`p2d.drift` != ''")
     assert run.info.run_name == "head map drift: target"
     history = client.get_metric_history(run.info.run_id, "drift/spearman")
-    assert [point.step for point in history] == [2, 3, 8]
+    assert [point.step for point in history] == [2, 3, 8]  # the ninth found no drift to tell of
     assert all(-1 <= point.value <= 1 for point in history)
     replaced = client.get_metric_history(run.info.run_id, "drift/replaced")
-    assert [(point.step, point.value) for point in replaced] == [(1, 0), (2, 0), (3, 0), (8, 1)]
-    assert "has drifted" in run.data.tags["mlflow.note.content"]
+    assert [(point.step, point.value) for point in replaced] == [
+        (1, 0), (2, 0), (3, 0), (8, 1), (9, 0),
+    ]  # fmt: skip
+    assert "was ranked by frobenius" in run.data.tags["mlflow.note.content"]
 
 
 def test_a_target_without_samples_to_draw_anew_is_refused_before_anything_starts(tmp_path):

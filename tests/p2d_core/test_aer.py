@@ -22,8 +22,8 @@ costs = st.builds(
 
 
 def test_costs_add_field_by_field_and_of_memory_the_larger_counts():
-    total = Cost(1, 2, 3, 4, 500, "a") + Cost(10, 20, 30, 40, 50, "b")
-    assert total == Cost(11, 22, 33, 44, 500, "a + b")
+    total = Cost(1, 2, 3, 4, 5, 500, "a") + Cost(10, 20, 30, 40, 50, 60, "b")
+    assert total == Cost(11, 22, 33, 44, 55, 500, "a + b")
 
 
 @given(costs, costs, costs)

@@ -97,7 +97,7 @@ class Runs:
         model = put(self.store, "model", files, inputs={"subset": adapter})
         refs = self.refs | {
             "model": model,
-            "evaluation_p2d_target": self.evaluation(*ids, model=adapter),
+            "evaluation_p2d_target": self.evaluation(*ids, model=f"{adapter} on {ids}"),
         }
         done = summary(refs, f"run-{adapter}", quality__p2d=quality)
         record_run(done, {}, store=self.store.root, refs=refs, gate=GATE)
@@ -176,6 +176,21 @@ def test_a_champion_made_by_hand_stays_and_is_said_to_be_so(tmp_path):
     assert (again.champion, again.why) == (True, "made champion by hand")
     better = runs.run(0.75, "one").registered
     assert (better.champion, runs.alias("champion")) == (True, "1")
+
+
+def test_a_champion_measured_otherwise_stays_what_it_became_champion_by(tmp_path):
+    """Else a look with another metric would block every later version."""
+    runs = Runs(tmp_path)
+    runs.run(0.75, "one")
+    before = runs.client.get_model_version("sums", "1")
+    again = runs.run(0.10, "one", ids="xyz").registered
+    assert (again.champion, again.version, again.reused) == (True, "1", True)
+    assert "this run measured otherwise (on other evaluation samples)" in again.why
+    after = runs.client.get_model_version("sums", "1")
+    assert (after.tags, after.description) == (before.tags, before.description)
+    better = runs.run(0.80, "two").registered
+    assert better.champion
+    assert better.why.endswith("not worse than version 1 (+0.05)")
 
 
 def test_the_setting_turns_it_off_names_it_and_sets_the_margin(tmp_path):
