@@ -157,6 +157,8 @@ class _Watch(TrainerCallback):
             self.progress(state.global_step, state.max_steps)
         self.asked_at = time.monotonic()
         due = self.asked_at - self.saved_at >= self.pause
+        # not after the last step: whoever went on from there would take one more
+        due = due and state.global_step < state.max_steps
         if self.processes.as_the_first_decides(due):
             control.should_save = True
         return control

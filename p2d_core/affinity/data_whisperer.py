@@ -60,7 +60,7 @@ class DataWhisperer(Scorer):
     """What says how well the query is answered."""
     seed: int = 0
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     measures_target: ClassVar[bool] = True
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:

@@ -25,7 +25,7 @@ class Accuracy:
     as likely as each other the first is taken.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = False
 
@@ -73,8 +73,8 @@ def choices_of(sample: Sample, spec: EvaluationSpec) -> tuple[list[str], int]:
     """A sample's choices, and which is right, from 0.
 
     The column holds a list of texts (in CSV, JSON of one), or texts with their labels as
-    ``{"text": [...], "label": [...]}``. The right one is said by its text, its label, a letter (A
-    is the first) or its position from 0, whichever fits first.
+    ``{"text": [...], "label": [...]}``. The right one is said by a number, its position from 0, or
+    by a text: its label, itself, a letter (A is the first) or its position, whichever fits first.
 
     Raises:
         SettingsError: no column is named.
@@ -134,11 +134,13 @@ def _texts(value: Any) -> tuple[list[Any], list[Any]]:
 
 def _position(said: Any, choices: list[str], labels: list[Any]) -> int | None:
     if isinstance(said, int) and not isinstance(said, bool):
-        said = str(said)
+        if labels and isinstance(labels[0], int):
+            return labels.index(said) if said in labels else None
+        return said if 0 <= said < len(choices) else None
     if not isinstance(said, str):
         return None
     said = canonical_text(said)
-    ways = (choices, [str(label) for label in labels], [*string.ascii_uppercase])
+    ways = ([str(label) for label in labels], choices, [*string.ascii_uppercase])
     positions = [way.index(said) for way in ways if said in way]
     if said.isascii() and said.isdigit():
         positions.append(int(said))

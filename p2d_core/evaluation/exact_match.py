@@ -15,7 +15,7 @@ from p2d_core.samples.schema import Sample
 class ExactMatch:
     """White space apart; with an answer pattern, what it finds last in both is compared."""
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = True
 
@@ -46,4 +46,6 @@ def answer_of(text: str, pattern: str | None) -> str | None:
     if not found:
         return None
     match = found[-1]
-    return " ".join(match.group(1 if match.groups() else 0).split())
+    # of alternatives such as "#### (.*)|answer is (.*)" the group of the one that was met
+    group = next((group for group in match.groups() if group is not None), match.group(0))
+    return " ".join(group.split())

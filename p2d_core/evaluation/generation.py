@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from p2d_core.models import positions_of
 from p2d_core.progress import Progress, no_progress
@@ -44,36 +46,64 @@ def generate(
     the left, which their positions leave out, so that an answer does not depend on the batch.
 
     Args:
-        prompts: token ids; one that would not leave room for the answer within the model's
-            positions loses its beginning.
-        max_new_tokens: of an answer.
+        prompts: token ids; one that takes all of the model's positions loses its beginning.
+        max_new_tokens: of an answer, or fewer where the model's positions end.
         budget: of a batch, prompts and answers together, whose keys and values are all kept.
     """
     _, limit = positions_of(model.config)
-    kept = max(1, limit - max_new_tokens) if isinstance(limit, int) else max(map(len, prompts))
-    rows = [EncodedSample("", list(ids[-kept:]), len(ids[-kept:])) for ids in prompts]
+    positions = limit if isinstance(limit, int) else max(map(len, prompts)) + max_new_tokens
+    rows, room = [], []
+    for ids in prompts:
+        room.append(max(1, min(max_new_tokens, positions - len(ids))))
+        kept = list(ids[-max(1, positions - room[-1]) :])
+        rows.append(EncodedSample("", kept, len(kept)))
     answers = [""] * len(rows)
+    stops = stop_ids(model, encoder)
     done = 0
 
-    def answered(positions: list[int]) -> list[str]:
-        batch = collate([rows[i] for i in positions], encoder.pad_id, side="left")
+    def answered(some: list[EncodedSample], tokens: int) -> list[str]:
+        batch = collate(some, encoder.pad_id, side="left")
         output = model.generate(
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=encoder.pad_id,
-            eos_token_id=stop_ids(model, encoder),
+            eos_token_id=stops,
         )
         new = output[:, batch["input_ids"].shape[1] :]
         return list(encoder.tokenizer.batch_decode(new, skip_special_tokens=True))
 
-    for positions, texts in each_batch(
-        [range(len(row) + max_new_tokens) for row in rows], budget, answered
-    ):
-        for position, text in zip(positions, texts, strict=True):
-            answers[position] = text
-        done += len(positions)
-        progress(done, len(rows))
+    with _own_settings_aside(model):
+        # who has as much room shares batches: what an answer is must not hang on its neighbours
+        for tokens in sorted(set(room), reverse=True):
+            places = [place for place, each in enumerate(room) if each == tokens]
+            for batch, texts in each_batch(
+                [range(len(rows[place]) + tokens) for place in places],
+                budget,
+                lambda batch, of=places, n=tokens: answered([rows[of[i]] for i in batch], n),
+            ):
+                for i, text in zip(batch, texts, strict=True):
+                    answers[places[i]] = text
+                done += len(batch)
+                progress(done, len(rows))
     return answers
+
+
+@contextmanager
+def _own_settings_aside(model: Any) -> Iterator[None]:
+    """In its block nothing but what `generate` is given counts, such as no repetition penalty.
+
+    What a model brings in ``generation_config.json`` is taken for whatever a call leaves out.
+    """
+    # PEFT's hands its own to the model inside it
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, own, strict=True):
+            holder.generation_config = settings

@@ -26,7 +26,7 @@ class EvaluationSpec:
     metric: str = ALWAYS
     """The one that arms are judged by."""
     answer_pattern: str | None = None
-    """Regular expression; the last match's first group (or the whole match) is compared."""
+    """Regular expression; the last match's first group (or all of it) is compared."""
     max_new_tokens: int | None = None
     """Longest generated answer; None: the longest reference answer plus a quarter."""
     also: tuple[str, ...] = ()

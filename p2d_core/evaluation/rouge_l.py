@@ -23,7 +23,7 @@ class RougeL:
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ def fill_pool(run: Script, scores: Path, candidates: str, parts: Sequence[Part])
     if quantiles:
         # conditions and numbers are of this file or checked; the names of sources are bound
         query = f"SELECT {', '.join(quantiles)} FROM {candidates}"  # noqa: S608
-        found = run.connection.execute(query, {"scores": str(scores)} | values).fetchall()[0]
+        # DuckDB refuses values that a query does not name: of a source that is taken whole
+        named = {name: values[name] for name in re.findall(r"\$(source\d+)", query)}
+        found = run.connection.execute(query, {"scores": str(scores)} | named).fetchall()[0]
         values |= {f"low{number}": low for number, low in zip(lowest, found, strict=True)}
     cases = " ".join(f"WHEN {part.condition} THEN {i}" for i, part in enumerate(parts))
     statement = POOL.format(

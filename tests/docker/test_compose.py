@@ -429,7 +429,10 @@ def test_what_the_build_installs_for_each(tmp_path, torch, index, ends, installs
     pip.chmod(0o755)
     done = subprocess.run(
         ["/bin/sh", "-c", script], cwd=tmp_path, check=False, capture_output=True,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch, "TORCH_INDEX": index, "EXTRAS": "stack"},
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "TORCH": torch, "TORCH_INDEX": index, "EXTRAS": "stack",
+        },
     )  # fmt: skip
     assert done.returncode == ends, done.stderr
     asked = tmp_path / "asked"

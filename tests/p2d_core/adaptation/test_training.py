@@ -234,6 +234,27 @@ def test_checkpoints_hold_only_what_moves(tmp_path):
     assert not (folder / "training_args.bin").exists()
 
 
+def test_a_training_that_was_done_when_it_was_killed_takes_no_further_step(tmp_path):
+    """Killed before its adapter was kept. With a part of an epoch, one more step would fit."""
+    spec = TrainingSpec(epochs=2.5, learning_rate=1e-2, batch_size=4, seed=1)
+
+    def trained(folder: Path) -> tuple[Tensor, list[dict[str, float]]]:
+        model = tiny_llama()
+        attached = attach("heads", model)
+        made = train(
+            attached.model, encoded(), spec, pad_id=0, scratch=folder, checkpoint_seconds=0
+        )  # fmt: skip
+        moving = [p.detach().flatten() for p in attached.model.parameters() if p.requires_grad]
+        return torch.cat(moving), made.curve
+
+    weights, curve = trained(tmp_path)
+    assert curve[-1]["step"] == spec.steps(12)
+    for _ in range(2):
+        again, seen = trained(tmp_path)
+        assert torch.equal(again, weights)
+        assert seen == curve
+
+
 def test_calibration_scales_a_step_to_the_whole_corpus():
     spec = TrainingSpec(epochs=3, learning_rate=1e-3, batch_size=4)
     ten = calibrate_full(tiny_llama(), encoded(), spec, pad_id=0, n_samples=1000, steps=10)
@@ -328,7 +349,7 @@ def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch):
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(training, "_seal", lambda folder, seconds: now.__setitem__(0, now[0] + 9))
     watch = training._Watch(None, 60, 0.0, ALONE)
-    state, arguments = TrainerState(), SimpleNamespace(output_dir=".")
+    state, arguments = TrainerState(max_steps=1000), SimpleNamespace(output_dir=".")
     saved = []
     for _ in range(500):
         now[0] += 1

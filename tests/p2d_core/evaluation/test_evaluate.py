@@ -94,6 +94,9 @@ def test_loss_is_the_mean_over_samples_of_their_mean_over_tokens(base, encoder):
         ("#### 1\n#### 72 ", r"#### (.*)", "72"),
         ("no mark", r"#### (.*)", None),
         ("x 12 y 13", r"\d+", "13"),
+        ("the answer is 42", r"#### (.*)|answer is (.*)", "42"),
+        ("#### 42", r"#### (.*)|answer is (.*)", "42"),
+        ("42", r"(\$)?\d+", "42"),
     ],
 )
 def test_what_of_an_answer_is_compared(text, pattern, answer):

@@ -115,6 +115,11 @@ def test_accuracy_is_over_the_likelihoods_of_choices_one_by_one(model, encoder):
         ("see there", {"options": ["red", "blue"], "label": "B"}, "label"),
         ("2", {"options": {"text": ["red", "blue"], "label": ["1", "2"]}}, None),
         ("blue", {"options": '["red", "blue"]'}, None),
+        # a number is a position, and a label comes before a text that looks like one
+        ("see there", {"options": ["4", "0", "1"], "label": 1}, "label"),
+        ("see there", {"options": {"text": ["a", "b"], "label": [1, 2]}, "label": 2}, "label"),
+        ("2", {"options": {"text": ["2", "4"], "label": ["1", "2"]}}, None),
+        ("B", {"options": {"text": ["B", "A"], "label": ["A", "B"]}}, None),
     ],
 )
 def test_the_right_choice_may_be_said_in_many_ways(response, extra, answer):
@@ -188,6 +193,50 @@ def test_a_prompt_leaves_room_for_the_answer_within_the_models_positions():
     assert all(result.samples["answer"].to_pylist())
 
 
+def test_a_long_reference_answer_takes_nothing_from_other_samples():
+    """Nor does it make the model run out of learned positions."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=300, n_positions=48, n_embd=16, n_layer=1, n_head=2, bos_token_id=None,
+        eos_token_id=1, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    model, encoder = tiny(config), Encoder(tiny_bpe(), TextFormat(max_tokens=48))
+    short = [sample("clips to many of her friends in April", "48"), sample("clips", "in April")]
+    spec = EvaluationSpec("exact_match")
+    # the limit on answers that the long one sets, and no other sample of its length
+    longest = sample("clips", "to her friends " * 12)
+    n = max(each.n_response for each in encoder.encode_all([longest]))
+    assert n > 30
+    limit = EvaluationSpec("exact_match", max_new_tokens=n + n // 4 + 1)
+    alone = [evaluate(model, encoder, [one], limit, device=CPU) for one in short]
+    beside = evaluate(model, encoder, [*short, longest], spec, device=CPU)
+    expected = [one.samples["answer"][0].as_py() for one in alone]
+    assert beside.samples["answer"].to_pylist()[:2] == expected
+    prompt = next(iter(encoder.encode_all(short[:1])))
+    ids = torch.tensor([prompt.input_ids[: prompt.n_prompt]])
+    with torch.inference_mode():
+        first = int(model(input_ids=ids).logits[0, -1].argmax())
+    assert expected[0].startswith(encoder.tokenizer.decode([first], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_settings_that_a_model_brings_do_not_change_what_is_likeliest(encoder, wrapped):
+    """Instruct models ship a repetition penalty; what they ship is theirs again afterwards."""
+    from peft import LoraConfig, get_peft_model
+
+    samples, spec = as_samples(documents(12)), EvaluationSpec("exact_match", max_new_tokens=8)
+    model = tiny_llama(seed=3)
+    greedy = evaluate(model, encoder, samples, spec, device=CPU).samples["answer"]
+    model.generation_config.repetition_penalty = 1.5
+    asked = model
+    if wrapped:
+        asked = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert evaluate(asked, encoder, samples, spec, device=CPU).samples["answer"] == greedy
+    assert model.generation_config.repetition_penalty == 1.5
+    assert asked.generation_config.repetition_penalty == 1.5
+
+
 def test_what_was_measured_before_keeps_its_key():
     plain = {"metric": "loss", "answer_pattern": None, "max_new_tokens": None}
     assert EvaluationSpec().identity == plain
@@ -196,5 +245,5 @@ def test_what_was_measured_before_keeps_its_key():
     spec = EvaluationSpec("accuracy", choices="options", also=("rouge_l", "perplexity"))
     assert spec.identity == plain | {
         "metric": "accuracy", "choices": "options", "answer": None, "normalise": "none",
-        "also": {"perplexity": {}, "rouge_l": {}},
+        "version": "2", "also": {"perplexity": {}, "rouge_l": {"version": "2"}},
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from p2d_core.errors import InputError, SettingsError
@@ -122,6 +122,33 @@ def test_a_quota_that_its_source_cannot_fill_goes_to_the_others_and_says_so(tmp_
     corpus.choose(fraction=0.8, quotas=(("a", 0.9),))
     assert corpus.chosen.by_source == {"a": 5, "b": 3}
     assert corpus.chosen.notes == ["quota: 7 samples of a were wanted, it has 5"]
+
+
+def test_a_source_that_is_taken_whole_leaves_the_others_their_quotas(tmp_path):
+    corpus = Corpus(tmp_path, [float(i) for i in range(10)])
+    chosen = corpus.choose(fraction=0.8, quotas=(("a", 0.65), ("b", 0.35)))
+    assert sorted(chosen) == [0, 1, 2, 3, 4, 7, 8, 9]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    passed=st.lists(st.integers(0, 2), min_size=4, max_size=30),
+    gates=st.sampled_from([0, 2]),
+    fraction=st.floats(0.05, 1),
+    quotas=st.sampled_from([(), (("a", 0.3),), (("a", 0.6), ("b", 0.4)), (("a", 0.1), ("b", 0.2))]),
+    replay=st.sampled_from([0.0, 0.2]),
+)
+def test_no_combination_fails_or_takes_more_than_was_asked(
+    tmp_path, passed, gates, fraction, quotas, replay
+):
+    corpus = Corpus(tmp_path, [float(i % 7) for i in range(len(passed))], passed, gates)
+    try:
+        chosen = corpus.choose(fraction=fraction, quotas=quotas, replay=replay)
+    except InputError:
+        assume(False)  # all quotas round to no sample, which another test is of
+    assert 1 <= len(chosen) <= max(1, round(fraction * len(passed)))
 
 
 def test_quotas_hold_among_what_passed_the_gates_and_with_ties(tmp_path):
