@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from transformers import GenerationConfig
 from p2d_core.models import positions_of
 from p2d_core.progress import Progress, no_progress
 from p2d_core.samples.tokens import EncodedSample, Encoder, TokenBudget, collate, each_batch
+
+_ASIDE = threading.Lock()
+"""Threads may share a model, and would give it each other's settings back."""
 
 
 def stop_ids(model: Any, encoder: Encoder) -> int | list[int]:
@@ -58,11 +63,10 @@ def generate(
         kept = list(ids[-max(1, positions - room[-1]) :])
         rows.append(EncodedSample("", kept, len(kept)))
     answers = [""] * len(rows)
-    stops = stop_ids(model, encoder)
     done = 0
 
-    def answered(some: list[EncodedSample], tokens: int) -> list[str]:
-        batch = collate(some, encoder.pad_id, side="left")
+    def answered(tokens: int, places: list[int], batched: list[int]) -> list[str]:
+        batch = collate([rows[places[i]] for i in batched], encoder.pad_id, side="left")
         output = model.generate(
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
@@ -70,40 +74,40 @@ def generate(
             do_sample=False,
             num_beams=1,
             pad_token_id=encoder.pad_id,
-            eos_token_id=stops,
+            eos_token_id=ends,
         )
         new = output[:, batch["input_ids"].shape[1] :]
         return list(encoder.tokenizer.batch_decode(new, skip_special_tokens=True))
 
-    with _own_settings_aside(model):
+    with _own_settings_aside(model, encoder) as ends:
         # who has as much room shares batches: what an answer is must not hang on its neighbours
         for tokens in sorted(set(room), reverse=True):
             places = [place for place, each in enumerate(room) if each == tokens]
-            for batch, texts in each_batch(
-                [range(len(rows[place]) + tokens) for place in places],
-                budget,
-                lambda batch, of=places, n=tokens: answered([rows[of[i]] for i in batch], n),
-            ):
-                for i, text in zip(batch, texts, strict=True):
+            sizes = [range(len(rows[place]) + tokens) for place in places]
+            for batched, texts in each_batch(sizes, budget, partial(answered, tokens, places)):
+                for i, text in zip(batched, texts, strict=True):
                     answers[places[i]] = text
-                done += len(batch)
+                done += len(batched)
                 progress(done, len(rows))
     return answers
 
 
 @contextmanager
-def _own_settings_aside(model: Any) -> Iterator[None]:
-    """In its block nothing but what `generate` is given counts, such as no repetition penalty.
+def _own_settings_aside(model: Any, encoder: Encoder) -> Iterator[int | list[int]]:
+    """In its block nothing but what a call is given counts: no repetition penalty of the model's.
 
     What a model brings in ``generation_config.json`` is taken for whatever a call leaves out.
+    Gives `stop_ids`, which are of it.
     """
     # PEFT's hands its own to the model inside it
     holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
-    own = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for holder, settings in zip(holders, own, strict=True):
-            holder.generation_config = settings
+    with _ASIDE:
+        ends = stop_ids(model, encoder)
+        own = [holder.generation_config for holder in holders]
+        for holder in holders:
+            holder.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        try:
+            yield ends
+        finally:
+            for holder, settings in zip(holders, own, strict=True):
+                holder.generation_config = settings
