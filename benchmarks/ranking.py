@@ -27,7 +27,7 @@ from p2d_core.heads.ranking import RankingEvidence
 from p2d_core.heads.spad import Spad, head_matrices
 
 RELATIVE = 1e-6
-SOME_LAYERS = 6
+SOME_LAYERS = 3
 """Of the second support, of which scipy takes four times as long a head."""
 
 
