@@ -6,11 +6,13 @@ from dataclasses import asdict
 
 import pyarrow.parquet as pq
 
+from p2d_core.attention.layout import attention_layers
 from p2d_core.heads.draws import mean_of_draws
 from p2d_core.heads.drift import agreement_of
 from p2d_core.heads.head_map import HEADS, HeadMap, HeadPick, read_head_map
 from p2d_core.heads.picture import draw
 from p2d_core.heads.ranking import RankingEvidence, rankers
+from p2d_core.models import load_model
 from p2d_core.store import ArtifactRef, Making
 from tasks.elsewhere import as_it_is
 from tasks.progress import progress_of
@@ -33,17 +35,24 @@ def rank_heads(
 ) -> None:
     """Every query head with its score; the best are the task heads."""
     captured = base.captured(runtime)
+    made = rankers.make(ranker.name, ranker.options)
+    if made.runs_model or base.precision == "float32":
+        model = captured.model
+    else:
+        # as the proxy run had it: a lower precision would round away some of what that moved
+        model = load_model(captured.folder, "float32", captured.device)
+    layers = attention_layers(model)
     with progress_of("heads") as progress:
         evidence = RankingEvidence(
-            model=captured.model,
-            layers=captured.layers,
+            model=model,
+            layers=layers,
             proxy=slices_in(proxy) if proxy is not None else None,
             samples=captured.encode(target_part(target, "proxy")),
             pad_id=captured.pad_id,
             progress=progress,
         )
-        scores = rankers.make(ranker.name, ranker.options).rank(evidence)
-    _keep(making, pick.of(scores, captured.layers[0].n_kv_groups), ranker)
+        scores = made.rank(evidence)
+    _keep(making, pick.of(scores, layers[0].n_kv_groups), ranker)
     making.samples = len(evidence.samples)
 
 

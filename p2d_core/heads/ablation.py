@@ -32,6 +32,7 @@ class Ablation:
 
     version: ClassVar[str] = "1"
     needs_proxy_run: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = True
 
     @torch.inference_mode()
     def rank(self, evidence: RankingEvidence) -> Tensor:

@@ -41,6 +41,11 @@ class Bottom:
         return self._other.needs_proxy_run
 
     @property
+    def runs_model(self) -> bool:
+        """Does the other?"""
+        return self._other.runs_model
+
+    @property
     def _other(self) -> Ranker:
         made: Ranker = rankers.make(self.of, self.options)
         return made

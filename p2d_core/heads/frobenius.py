@@ -20,8 +20,9 @@ class Frobenius:
     Source: ours; the plainest measure of what ALPS (arXiv 2505.18799) measures by sPAD.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_proxy_run: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = False
 
     @torch.no_grad()
     def rank(self, evidence: RankingEvidence) -> Tensor:

@@ -28,6 +28,7 @@ class Gradient:
 
     version: ClassVar[str] = "1"
     needs_proxy_run: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = True
 
     def rank(self, evidence: RankingEvidence) -> Tensor:
         """In nats a token and unit of weight."""

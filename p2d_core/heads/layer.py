@@ -24,6 +24,7 @@ class Layer:
     """Its number, from 0 at the embeddings."""
     version: ClassVar[str] = "1"
     needs_proxy_run: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
 
     def rank(self, evidence: RankingEvidence) -> Tensor:
         """1 or 0.

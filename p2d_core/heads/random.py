@@ -20,6 +20,7 @@ class Random:
     seed: int = 0
     version: ClassVar[str] = "1"
     needs_proxy_run: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
 
     def rank(self, evidence: RankingEvidence) -> Tensor:
         """The same for the same seed and number of heads, on any machine."""

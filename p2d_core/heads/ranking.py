@@ -71,6 +71,10 @@ class Ranker(Protocol):
     def needs_proxy_run(self) -> bool:
         """False: the base and the proxy samples are enough."""
 
+    @property
+    def runs_model(self) -> bool:
+        """False: it looks at weights alone, and gets them in float32."""
+
     def rank(self, evidence: RankingEvidence) -> Tensor:
         """``[n_layers, n_query_heads]`` in float64; higher is more task-sensitive."""
 

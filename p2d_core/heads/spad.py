@@ -36,8 +36,9 @@ class Spad:
 
     temperature: float = 1.0
     support: Support = "positions"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs_proxy_run: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

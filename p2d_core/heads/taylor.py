@@ -35,6 +35,7 @@ class Taylor:
 
     version: ClassVar[str] = "1"
     needs_proxy_run: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = True
 
     def rank(self, evidence: RankingEvidence) -> Tensor:
         """In nats a token; at least 0."""

@@ -432,8 +432,12 @@ def test_only_the_task_heads_slices_differ_from_the_base(job, precision):
     import torch
     from safetensors.torch import load_file
 
-    from p2d_core.adaptation.adaptations import adapted
+    from p2d_core.adaptation.adaptations import SLICES, adapted
+    from p2d_core.adaptation.slices import TunedSlices
     from p2d_core.attention.layout import attention_layers, slices_of
+    from p2d_core.heads.frobenius import Frobenius
+    from p2d_core.heads.head_map import read_head_map
+    from p2d_core.heads.ranking import RankingEvidence
     from p2d_core.models import load_model
 
     done = job.first
@@ -446,6 +450,13 @@ def test_only_the_task_heads_slices_differ_from_the_base(job, precision):
     assert done.quality.p2d < done.quality.base
     kept = load_file(model / "adapter/adapter_model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.float32}
+
+    # heads are ranked by what the proxy run moved in float32, not by what of it bfloat16 keeps
+    whole = load_model(BASE_FOLDER, "float32", torch.device("cpu"))
+    proxy = TunedSlices.load(Path(done.artifacts["proxy"]) / SLICES)
+    expected = Frobenius().rank(RankingEvidence(whole, attention_layers(whole), proxy, ()))
+    ranked = read_head_map(Path(done.artifacts["heads"]) / "heads.parquet").scores
+    torch.testing.assert_close(ranked, expected, rtol=1e-6, atol=0)
 
     base = load_model(BASE_FOLDER, precision, torch.device("cpu"))
     tuned = load_model(BASE_FOLDER, precision, torch.device("cpu"))
