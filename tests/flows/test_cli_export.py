@@ -110,6 +110,7 @@ def code_of(card: str) -> str:
 # -- what is written ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # processes of their own that import torch: a third of a minute
 def test_the_lines_of_every_card_load_the_adapted_model_where_p2d_is_not_installed(
     job, exported, tmp_path
 ):

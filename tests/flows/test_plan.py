@@ -168,11 +168,14 @@ def test_another_target_with_a_head_map_measures_nothing_anew(job):
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "heads": {"average_over": 2},
-            "arms": {"random": True, "full": "measured"},
-            "training": {"adaptation": "lora", "group_by_length": True},
-        },
+        pytest.param(
+            {
+                "heads": {"average_over": 2},
+                "arms": {"random": True, "full": "measured"},
+                "training": {"adaptation": "lora", "group_by_length": True},
+            },
+            marks=pytest.mark.slow,
+        ),
         {
             "scoring": {"scorer": "less", "options": {"epochs": 1, "dimensions": 256}},
             "evaluation": {"retention": {"path": "kept.jsonl"}},
