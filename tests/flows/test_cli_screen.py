@@ -1,14 +1,18 @@
 """The last screen says what happened, fits the terminal, and claims nothing that is not so."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
+from flows.cli.finish import finish
 from flows.cli.progress import StageProgress, duration, pace
 from flows.cli.screen import show_summary
+from flows.cli.ui import ui
+from p2d_core.errors import InputError
 from p2d_core.store import Store
 from tasks.planned import Plan, PlannedStage
 from tasks.summary import AgreementSummary
@@ -168,6 +172,27 @@ def test_runs_that_a_server_has_are_looked_at_there(refs):
     assert "p2d explain 3" in text
     other = {"tracking_uri": "sqlite:////somewhere/else.db", "run_id": "1", "experiment": "p2d"}
     assert "p2d ui" not in screen(summary(refs, mlflow=other))
+
+
+def test_the_summary_is_written_though_nobody_reads_the_screen(refs, tmp_path, monkeypatch):
+    """As in `p2d adapt my.yaml --summary summary.json | head -1`."""
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("flows.cli.finish.show_summary", closed)
+    with pytest.raises(BrokenPipeError):
+        finish(summary(refs), tmp_path / "summary.json")
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
+
+
+def test_a_store_without_runs_of_its_own_names_the_server_that_may_have_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow.team:5000")
+    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI names http://mlflow\.team:5000"):
+        ui(store=tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(InputError, match=r"`p2d demo` records one"):
+        ui(store=tmp_path)
 
 
 def test_a_store_with_a_space_in_its_name_is_quoted(refs):

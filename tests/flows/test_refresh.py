@@ -8,8 +8,9 @@ import pytest
 
 from flows.adapt import run_adapt
 from flows.refresh import run_refresh
+from flows.rerun import rerun_from_head_map
 from flows.settings import load_settings
-from p2d_core.errors import DataError
+from p2d_core.errors import DataError, HeadMapError
 from p2d_core.heads.draws import mean_of_draws
 from p2d_core.heads.head_map import HEADS, HeadMap, read_head_map
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
@@ -146,3 +147,11 @@ def test_a_target_without_samples_to_draw_anew_is_refused_before_anything_starts
     with pytest.raises(DataError, match="no other proxy set can be drawn"):
         run_refresh(settings, store=tmp_path / "artifacts")
     assert not (tmp_path / "artifacts" / "samples").exists()
+
+
+def test_a_rerun_with_the_map_in_use_where_none_is_ranks_nothing(folder, tmp_path):
+    """Its promise is to rank nothing: it does not begin in place of `adapt`."""
+    settings = load_settings(folder / "my.yaml")
+    with pytest.raises(HeadMapError, match=r"no head map is in use for target\. Run refresh-head"):
+        rerun_from_head_map.fn("in-use", store=str(tmp_path), settings=settings)
+    assert not (tmp_path / "proxy").exists()
