@@ -66,7 +66,7 @@ class NumericalError(P2DError):
 
 
 class TransientError(P2DError):
-    """Something that may pass by itself; the only error of ours that is retried."""
+    """Something that may pass by itself; of ours this and its kinds alone are retried."""
 
 
 class DeviceMemoryError(TransientError):

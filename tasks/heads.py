@@ -36,7 +36,7 @@ def rank_heads(
     """Every query head with its score; the best are the task heads."""
     captured = base.captured(runtime)
     made = rankers.make(ranker.name, ranker.options)
-    if made.runs_model or base.precision == "float32":
+    if proxy is None or made.runs_model or base.precision == "float32":
         model = captured.model
     else:
         # as the proxy run had it: a lower precision would round away some of what that moved

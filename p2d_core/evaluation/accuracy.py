@@ -73,8 +73,9 @@ def choices_of(sample: Sample, spec: EvaluationSpec) -> tuple[list[str], int]:
     """A sample's choices, and which is right, from 0.
 
     The column holds a list of texts (in CSV, JSON of one), or texts with their labels as
-    ``{"text": [...], "label": [...]}``. The right one is said by a number, its position from 0, or
-    by a text: its label, itself, a letter (A is the first) or its position, whichever fits first.
+    ``{"text": [...], "label": [...]}``. The right one is said by a number, its position from 0 (its
+    label, where labels are numbers), or by a text: its label, itself, a letter (A is the first) or
+    its position, whichever fits first.
 
     Raises:
         SettingsError: no column is named.

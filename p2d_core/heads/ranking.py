@@ -73,7 +73,7 @@ class Ranker(Protocol):
 
     @property
     def runs_model(self) -> bool:
-        """False: it looks at weights alone, and gets them in float32."""
+        """False: it looks at weights alone, in float32 where a proxy run moved them."""
 
     def rank(self, evidence: RankingEvidence) -> Tensor:
         """``[n_layers, n_query_heads]`` in float64; higher is more task-sensitive."""
