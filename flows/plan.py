@@ -23,6 +23,7 @@ from flows.looking import look_up, uses_head_proxy
 from flows.planned import keep_plan, plan_key
 from flows.preview import Preview, preview
 from flows.rehearsal import Rehearsal
+from flows.rehearsed_corpus import CorpusRehearsal
 from flows.scoring import share_to_try, trains_as_searched
 from flows.settings import RunSettings
 from flows.stages import FULL, NO_HEADS
@@ -103,7 +104,7 @@ class _Planner:
         self.full = Estimate()
         """What full fine-tuning on the whole corpus takes."""
         self._data: Preview | None = None
-        self._rehearsal: Rehearsal | None = None
+        self._rehearsal: CorpusRehearsal | None = None
         self.found = look_up(settings, inputs, store, given)
         if self.found.made("samples", 0) is None and not self.data.corpus_is_estimated:
             self.found = look_up(settings, inputs, store, given, self.data.shards)
@@ -135,7 +136,7 @@ class _Planner:
         return asks and self.inputs.adaptation == self.by_heads
 
     @property
-    def rehearsal(self) -> Rehearsal:
+    def on_corpus(self) -> CorpusRehearsal:
         """Made when something has to be timed."""
         if self._rehearsal is None:
             tried = Rehearsal(self.inputs, self.runtime, self.data, self.folder, self.budget)
@@ -143,14 +144,20 @@ class _Planner:
                 tried.heads = head_map_in(heads)
             if (model := self.found.made("model")) is not None:
                 tried.kept = model.path
+            on_corpus = CorpusRehearsal(tried, self.data, self.folder)
             if (subset := self.found.made("subset")) is not None:
-                tried.chosen = samples_in(subset)
+                on_corpus.chosen = samples_in(subset)
             corpus, scores = self.found.made("samples", 0), self.found.made("scores")
             if corpus is not None and scores is not None:
                 shards = [Path(shard.file) for shard in shards_of(corpus)]
-                tried.scored = scores.path / SCORES, shards
-            self._rehearsal = tried
+                on_corpus.scored = scores.path / SCORES, shards
+            self._rehearsal = on_corpus
         return self._rehearsal
+
+    @property
+    def rehearsal(self) -> Rehearsal:
+        """Of what is done to the model."""
+        return self.on_corpus.rehearsal
 
     def parts(self) -> list[Part]:
         """Every call of the run, with what it takes."""
@@ -215,21 +222,21 @@ class _Planner:
 
     def _measuring(self, step: int) -> Estimate:
         if step == 0:
-            return self.rehearsal.measuring(step, self.corpus)
+            return self.on_corpus.measuring(step, self.corpus)
         passed, share = self._passed(step - 1), 1.0
         if step == 1 or self.found.made("scores", step - 1) is None:
             first = round(self._passed(0))
             share = share_to_try(self.settings, self.inputs, first, self.corpus)
-        return self.rehearsal.measuring(step, passed * share)
+        return self.on_corpus.measuring(step, passed * share)
 
     def _passed(self, step: int) -> float:
         """Samples that passed the gates up to a step: of its scores, or of the share tried here."""
         if (scores := self.found.made("scores", step)) is not None:
             return float(scores.manifest.facts["passed"])
-        return self.corpus * self.rehearsal.passing.get(step, 1.0)
+        return self.corpus * self.on_corpus.passing.get(step, 1.0)
 
     def _scored(self, step: int) -> Estimate:
-        return self.rehearsal.scoring(step, self.corpus)
+        return self.on_corpus.scoring(step, self.corpus)
 
     def _models(self) -> Iterator[Call]:
         selection = self.inputs.selection
@@ -237,7 +244,7 @@ class _Planner:
         chosen = max(1, round(selection.fraction * self.corpus)) + more
 
         def train() -> Estimate:
-            return self.rehearsal.training(self.rehearsal.chosen or self.data.drawn, chosen)
+            return self.rehearsal.training(self.on_corpus.chosen or self.data.drawn, chosen)
 
         def train_full() -> Estimate:
             self.full = self.rehearsal.full(self.corpus + more)
@@ -248,13 +255,13 @@ class _Planner:
             spent, self.full = self.rehearsal.calibration(steps, self.corpus + more)
             return spent
 
-        yield "subset", lambda: self.rehearsal.selecting(selection, self.corpus)
+        yield "subset", lambda: self.on_corpus.selecting(selection, self.corpus)
         if self.settings.training.learning_rate == "auto" and not self.found_for_head_proxy:
             yield "rate", partial(self._searching, self.inputs.adaptation)
         yield "model", train
         if self.settings.arms.random:
             by_chance = replace(selection, at_random=True)
-            yield "subset_random", lambda: self.rehearsal.selecting(by_chance, self.corpus)
+            yield "subset_random", lambda: self.on_corpus.selecting(by_chance, self.corpus)
             yield "model_random", lambda: self.rehearsal.training(self.data.drawn, chosen)
         if self.settings.arms.full == "measured":
             if self.settings.arms.full_learning_rate == "auto":
@@ -384,7 +391,7 @@ class _Planner:
         """
         base, heads = self.inputs.base, NO_HEADS
         if self._rehearsal is not None:
-            heads = tuple(self._rehearsal.head_map.task_heads)
+            heads = tuple(self.rehearsal.head_map.task_heads)
         adapted = of_model(base, self.inputs.adaptation, heads)
         room = {
             "proxy": of_attention(base),
