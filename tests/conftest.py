@@ -32,8 +32,8 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 """What nearly every run ends up with."""
-TOGETHER = {"test_readme.py": "demo", "test_demo.py": "demo", "stack": "stack"}
-"""Files and folders whose tests share what takes minutes: one run of the demo, a team's servers."""
+TOGETHER = {"test_readme.py": "demo", "test_demo.py": "demo", "stack": "stack", "adapt": "adapt"}
+"""Files and folders whose tests share a run of the demo, a team's servers, the store of a job."""
 
 
 Command = Callable[..., tuple[int, str, str]]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 DOCKER = Path(__file__).parents[2] / "docker"
+COMPOSE = DOCKER / "compose.yaml"
 VARIABLE = re.compile(r"\$\{(\w+)(:?\?[^}]*|:-[^}]*)?\}")
 
 

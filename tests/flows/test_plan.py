@@ -14,7 +14,7 @@ from flows.plan import run_plan
 from flows.planned import plan_key
 from p2d_core.store import Store
 from tasks.planned import Plan
-from tests.flows.test_adapt import MADE_FROM_SCRATCH, computed
+from tests.flows.adapt.seen import MADE_FROM_SCRATCH, computed
 from tests.job import Job
 
 SUBSET_ON = ["subset", "model", "evaluation"]
