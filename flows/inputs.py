@@ -17,7 +17,7 @@ from p2d_core.adaptation.rates import START
 from p2d_core.adaptation.spec import TrainingSpec
 from p2d_core.affinity import scorers, steps_of
 from p2d_core.errors import DataError, SettingsError
-from p2d_core.evaluation import EvaluationSpec, metrics
+from p2d_core.evaluation import EvaluationSpec
 from p2d_core.evaluation.evaluate import check_sample
 from p2d_core.evaluation.harness import HarnessSpec, checked_tasks
 from p2d_core.heads.head_map import HeadPick
@@ -193,8 +193,7 @@ def _evaluating(settings: RunSettings) -> EvaluationSpec:
         answer=evaluation.answer,
         normalise=evaluation.normalise,
     )
-    for name in spec.measured:
-        metrics.get(name)
+    spec.check_read()
     return spec
 
 

@@ -28,6 +28,7 @@ class Accuracy:
     version: ClassVar[str] = "2"
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("choices", "answer", "normalise")
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Raises InputError where it has no choices, or none of them is known to be right."""

@@ -18,6 +18,7 @@ class ExactMatch:
     version: ClassVar[str] = "2"
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("answer_pattern", "max_new_tokens")
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Raises DataError where the pattern finds nothing in the response."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from p2d_core.errors import SettingsError
 from p2d_core.registry import Registry
 from p2d_core.samples.schema import Sample
 
@@ -17,6 +18,8 @@ ALWAYS = "loss"
 """The metric that is measured whatever else is."""
 FIRST = "1"
 """Version of a metric that is in no key."""
+EVERY_KEY = ("metric", "answer_pattern", "max_new_tokens")
+"""In the key of every evaluation, whichever metric reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +49,29 @@ class EvaluationSpec:
     @property
     def identity(self) -> dict[str, Any]:
         """What can change a result. Of what came later only what is used, so that keys stay."""
-        values: dict[str, Any] = {
-            "metric": self.metric,
-            "answer_pattern": self.answer_pattern,
-            "max_new_tokens": self.max_new_tokens,
-        }
+        values = {each: getattr(self, each) for each in EVERY_KEY}
         values |= self._identity_of(self.metric)
         if also := {*self.measured} - {ALWAYS, self.metric}:
             values["also"] = {name: self._identity_of(name) for name in sorted(also)}
         return values
 
     def _identity_of(self, name: str) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        if name == "accuracy":
-            values |= {"choices": self.choices, "answer": self.answer, "normalise": self.normalise}
-        version = metrics.get(name).version
-        return values | ({"version": version} if version != FIRST else {})
+        metric = metrics.get(name)
+        values = {each: getattr(self, each) for each in metric.reads if each not in EVERY_KEY}
+        return values | ({"version": metric.version} if metric.version != FIRST else {})
+
+    def check_read(self) -> None:
+        """Raises SettingsError: something is set that none of the metrics reads."""
+        read = {each for name in self.measured for each in metrics.get(name).reads}
+        for each in fields(self):
+            readers = [name for name in metrics if each.name in metrics.get(name).reads]
+            given = getattr(self, each.name)
+            if readers and each.name not in read and given != each.default:
+                raise SettingsError(
+                    f"evaluation.{each.name} is {given!r}, but {' and '.join(self.measured)} do "
+                    f"not read it. Leave it out, or let evaluation.metric (or also) have "
+                    f"{' or '.join(readers)}."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,8 @@ class Metric(Protocol):
     higher_is_better: ClassVar[bool]
     generates: ClassVar[bool]
     """Whether it looks at `Evidence.answers`, which are dear."""
+    reads: ClassVar[tuple[str, ...]]
+    """Fields of `EvaluationSpec` that say something to it."""
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Refuses what the metric could say nothing of, before anything is started.

@@ -24,6 +24,7 @@ class Perplexity:
     version: ClassVar[str] = "1"
     higher_is_better: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Any sample will do."""

@@ -26,6 +26,7 @@ class RougeL:
     version: ClassVar[str] = "2"
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Raises DataError where the response has no word that it sees."""

@@ -1,5 +1,6 @@
 """Settings: every one has a default and a line of help, and is read by something."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -125,12 +126,7 @@ CHANGES = [
     ("format", {"max_tokens": 32}),
     ("evaluation", {"samples": 30}),
     ("evaluation", {"metric": "exact_match"}),
-    ("evaluation", {"answer_pattern": "#### (.*)"}),
-    ("evaluation", {"max_new_tokens": 5}),
     ("evaluation", {"also": ["perplexity"]}),
-    ("evaluation", {"choices": "options"}),
-    ("evaluation", {"answer": "label"}),
-    ("evaluation", {"normalise": "bytes"}),
     ("proxy", {"samples": 40}),
     ("proxy", {"held_out": 40}),
     ("proxy", {"epochs": 9}),
@@ -195,6 +191,38 @@ def test_a_changed_setting_reaches_the_stages(world, section, change):
     before = given.get(section)
     changed = before | change if isinstance(change, dict) and before else change
     assert handed_on(given | {section: changed}) != handed_on(given)
+
+
+OF_METRICS = [
+    ("exact_match", {"answer_pattern": "(.*)"}),
+    ("rouge_l", {"max_new_tokens": 5}),
+    ("accuracy", {"choices": "others"}),
+    ("accuracy", {"answer": "label"}),
+    ("accuracy", {"normalise": "bytes"}),
+]
+
+
+@pytest.mark.parametrize(("metric", "change"), OF_METRICS)
+def test_a_setting_of_a_metric_reaches_it_and_is_refused_where_no_metric_reads_it(
+    world, tmp_path, metric, change
+):
+    row = {"prompt": "q", "response": "a", "options": ["a", "b"], "others": ["c", "a"], "label": 1}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+
+    def evaluated(**evaluation):
+        values = {
+            "base": str(BASE_FOLDER),
+            "target": {"path": str(world / "target.jsonl")},
+            "evaluation": {"source": {"path": "asked.jsonl"}} | evaluation,
+        }
+        return check_inputs(parse_settings(values, tmp_path / "run.yaml")).evaluating
+
+    needed = {"metric": metric} | ({"choices": "options"} if metric == "accuracy" else {})
+    assert evaluated(**needed | change).identity != evaluated(**needed).identity
+    (name,) = change
+    told = f"evaluation.{name} is .* but loss and perplexity do not read it. .* {metric}"
+    with pytest.raises(SettingsError, match=told):
+        evaluated(metric="perplexity", **change)
 
 
 def test_a_preset_gives_what_the_file_leaves_out_and_nothing_else():
