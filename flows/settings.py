@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,12 +13,14 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from flows.plain_yaml import NotPlain, plain_yaml, shortened
 from flows.presets import Preset, with_preset
 from flows.settings_base import (
+    AtLeastOne,
     Count,
     CountOrZero,
     Positive,
     PositiveOrZero,
     Rate,
     Section,
+    Seed,
     Share,
     ShareOrZero,
 )
@@ -181,7 +184,7 @@ class ScoringSettings(Section):
     """Settings of that scorer, for instance {neighbours: 5} of head-activation."""
     depth: Literal["heads"] | Share = "heads"
     """heads, or the share of the layers beyond which task heads are left out, if any is within."""
-    enough: Annotated[float, Field(ge=1)] | None = None
+    enough: AtLeastOne | None = None
     """Times the wanted samples: when so many passed, gates after the first stop; null: never."""
     tokens_per_batch: Count = 8192
     """Tokens in a forward pass; cannot change a result."""
@@ -192,7 +195,7 @@ class SelectionSettings(Section):
 
     fraction: Share = 0.1
     """Share of the corpus that training sees."""
-    pool: Annotated[float, Field(ge=1)] = 1.0
+    pool: AtLeastOne = 1.0
     """Draw by id hash from the best pool x budget samples (scorers with gates: from all passed)."""
     match_lengths: bool = True
     """Draw so that response lengths are spread as those of the proxy samples."""
@@ -295,7 +298,7 @@ class RunSettings(Section):
     tracking: TrackingSettings = TrackingSettings()
     registry: RegistrySettings = RegistrySettings()
     compare: CompareSettings = CompareSettings()
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Of every draw and of training."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and activations."""
@@ -386,12 +389,17 @@ def anchored(settings: RunSettings, folder: Path, *, where: str = "settings") ->
     return settings
 
 
-def named_after(path: str) -> str:
-    """What a source is called that was given no name: its file, folder or name on the hub."""
+def named_after(path: str, folder: Path = Path()) -> str:
+    """What a source is called that was given no name: its file, folder or name on the hub.
+
+    Args:
+        folder: that the path is relative to.
+    """
     if "://" in path:
         return path.rstrip("/").rpartition("/")[2].partition("@")[0]
-    file = Path(path)
-    return (file.parent.name or file.stem) if set(file.name) & set("*?[") else file.stem
+    # without `..`, and links as they are called
+    file = Path(os.path.abspath(folder / Path(path).expanduser()))
+    return (file.parent.name if set(file.name) & set("*?[") else file.stem) or "files"
 
 
 def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
@@ -404,9 +412,9 @@ def _anchored(settings: RunSettings, folder: Path) -> RunSettings:
             raise ValueError(f"{given!r}: {str(error).rstrip('.')}") from error
 
     def source(given: SourceSettings) -> SourceSettings:
-        return given.model_copy(
-            update={"path": path(given.path), "name": given.name or named_after(given.path)}
-        )
+        found = path(given.path)
+        name = given.name or named_after(given.path, folder)
+        return given.model_copy(update={"path": found, "name": name})
 
     def harness(given: HarnessSettings) -> HarnessSettings:
         folder = given.include_path

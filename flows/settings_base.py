@@ -14,6 +14,9 @@ Rate = Positive | Literal["auto"]
 """A learning rate; auto: found on the proxy set."""
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""As numpy takes one."""
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
 def _in_order(schema: dict[str, Any]) -> None:

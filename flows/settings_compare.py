@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from flows.settings_base import CountOrZero, Rate, Section, Share
+from flows.settings_base import Rate, Section, Seed, Share
 
 
 class Choice(Section):
@@ -52,7 +52,7 @@ class CompareSettings(Section):
     """Names, or {name, options, label, learning_rate}."""
     fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1,)
     """Shares of the corpus that training sees."""
-    seeds: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Of every draw and of training; the data stay the same."""
     everything: bool = True
     """Also full fine-tuning on the whole corpus; the AER is then against its measured time."""

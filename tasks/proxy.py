@@ -65,13 +65,22 @@ def head_proxy_run(
         for name in (SLICES, CURVE, HELD_OUT):
             shutil.copyfile(searched.path / name, making.folder / name)
         making.facts |= json.loads((searched.path / HELD_OUT).read_text(encoding="utf-8"))
+        # its own seconds are those of copying
+        making.facts["training_seconds"] = searched.manifest.facts.get("training_seconds")
+        _note_size(making, TunedSlices.load(making.folder / SLICES))
         return
     captured = base.captured(runtime)
     model = load_model(captured.folder, base.precision, captured.device)
     head_map = read_head_map(heads.path / HEADS)
     deltas = attach_head_deltas(model, attention_layers(model), head_map.task_heads, slices)
     if _tune(making, runtime, captured, model, target, training, "head_proxy"):
-        deltas.tuned().save(making.folder / SLICES)
+        tuned = deltas.tuned()
+        tuned.save(making.folder / SLICES)
+        _note_size(making, tuned)
+
+
+def _note_size(making: Making, tuned: TunedSlices) -> None:
+    making.facts["trainable"] = sum(block.values.numel() for block in tuned.blocks.values())
 
 
 def slices_in(ref: ArtifactRef) -> TunedSlices:

@@ -133,3 +133,4 @@ def find_rate(
         shutil.copytree(kept / f"{rate:g}", making.folder, dirs_exist_ok=True)
     making.facts |= {"learning_rate": rate, "tried": tried, "adaptation": adaptation.name}
     making.facts["steps"] = training.steps(len(proxy))
+    making.facts["training_seconds"] = done[f"{rate:g}"]["seconds"]

@@ -31,7 +31,7 @@ from tasks.stage import Runtime, ShardRef, SourceInput, stage
 PARTS = ("proxy", "held_out", "evaluation", "rest")
 
 
-@stage("samples", room=of_source)
+@stage("samples", version="2", room=of_source)
 def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
     """One source, as it is; rows that are no samples apart, as far as they may be left out."""
     rejected = RejectedRows(runtime.skip_bad_rows)

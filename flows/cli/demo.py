@@ -17,7 +17,9 @@ from flows.cli.options import (
 
 def demo(
     summary: SummaryOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the world, every draw and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the world, every draw and training.")
+    ] = 0,
     store: StoreOption = DEFAULT_STORE,
     verbose: VerboseOption = False,
 ) -> None:

@@ -32,7 +32,7 @@ def plan(
         typer.Argument(metavar="FILE", help="Settings in YAML, as `p2d adapt` takes them."),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Plan `p2d demo` instead.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the demo.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the demo.")] = 0,
     seconds: Annotated[
         float,
         typer.Option(

@@ -29,6 +29,7 @@ class Accuracy:
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("choices", "answer", "normalise")
+    counts_tokens: ClassVar[bool] = False
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Raises InputError where it has no choices, or none of them is known to be right."""

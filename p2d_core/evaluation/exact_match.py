@@ -19,6 +19,7 @@ class ExactMatch:
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("answer_pattern", "max_new_tokens")
+    counts_tokens: ClassVar[bool] = False
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Raises DataError where the pattern finds nothing in the response."""

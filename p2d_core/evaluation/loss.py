@@ -17,6 +17,7 @@ class Loss:
     higher_is_better: ClassVar[bool] = False
     generates: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
+    counts_tokens: ClassVar[bool] = True
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Any sample will do."""

@@ -95,6 +95,8 @@ class Metric(Protocol):
     """Whether it looks at `Evidence.answers`, which are dear."""
     reads: ClassVar[tuple[str, ...]]
     """Fields of `EvaluationSpec` that say something to it."""
+    counts_tokens: ClassVar[bool]
+    """Whether it is of tokens and not of texts: of two tokenizers it cannot be compared."""
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Refuses what the metric could say nothing of, before anything is started.

@@ -27,6 +27,7 @@ class RougeL:
     higher_is_better: ClassVar[bool] = True
     generates: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
+    counts_tokens: ClassVar[bool] = False
 
     def check(self, sample: Sample, spec: EvaluationSpec) -> None:
         """Raises DataError where the response has no word that it sees."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from p2d_core.errors import DataError
 from p2d_core.samples.extra import extra_of
-from p2d_core.samples.messages import MESSAGE_COLUMNS, holds_messages, message_map
+from p2d_core.samples.messages import MESSAGE_COLUMNS, MessageMap, holds_messages
 from p2d_core.samples.rows import described, listed
 from p2d_core.samples.schema import Sample, sample_id_of
 from p2d_core.samples.source import SourceSpec
@@ -36,8 +36,13 @@ KNOWN_PAIRS = (
 )
 """Columns that are found by themselves, whatever their case; the first pair that is there counts.
 
-With ``instruction``, a column ``input`` is appended after a blank line where it is not empty.
+With ``instruction``, a column ``input`` (or ``context``, as Dolly has it) is appended after a blank
+line where it is not empty.
 """
+
+
+FURTHER = ("input", "context")
+CASES = (str.lower, str.capitalize, str.upper)
 
 
 class Text(Protocol):
@@ -183,24 +188,32 @@ def column_map(row: Mapping[str, Any], source: SourceSpec) -> RowMap:
     columns = list(row)
     if source.messages is not None:
         _there("messages", source.messages, columns, source)
-        return message_map(row, (source.messages,))
+        return MessageMap((source.messages,))
     found = _text_columns(columns, source)
     if found is None:
         names = {name.lower(): name for name in reversed(columns)}
         for known in MESSAGE_COLUMNS:
             if known in names and source.prompt is None and source.response is None:
-                return message_map(row, (names[known],))
+                return MessageMap((names[known],))
         raise RowProblem(
             f"no columns are recognised as prompt and response. "
             f"Columns found: {listed(columns)}. Name them in the settings with `prompt:` "
             f"and `response:` of source {source.name!r}; each is a column's name or a template "
             'such as "{title}\\n\\n{body}". A column with lists of messages is named with '
-            "`messages:`."
+            "`messages:`." + _rows_within(row)
         )
     columns_of_both = (*found.prompt.columns, *found.response.columns)
     if isinstance(found.prompt, Column) and holds_messages(row[found.prompt.name]):
-        return message_map(row, columns_of_both)
+        return MessageMap(columns_of_both)
     return found
+
+
+def _rows_within(row: Mapping[str, Any]) -> str:
+    """What to do where the file is one object that holds all rows."""
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f" If the rows are what stands under {name!r}, write that array alone."
+    return ""
 
 
 def _text_columns(columns: Collection[str], source: SourceSpec) -> ColumnMap | None:
@@ -223,7 +236,10 @@ def _text_columns(columns: Collection[str], source: SourceSpec) -> ColumnMap | N
 
 def _recognised_prompt(found: Mapping[str, str], known: str) -> Text:
     if known == "instruction":
-        return InstructionWithInput(found[known], found.get("input", "input"))
+        further = next((found[each] for each in FURTHER if each in found), None)
+        # JSON leaves it out where there is none, perhaps in the first row: written as this one is
+        written = next((way for way in CASES if way(known) == found[known]), str.lower)
+        return InstructionWithInput(found[known], further or written(FURTHER[0]))
     return Column(found[known])
 
 

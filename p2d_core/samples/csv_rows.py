@@ -43,7 +43,7 @@ def csv_rows(path: Path, stream: BinaryIO, *, tab_separated: bool) -> Iterator[R
         except csv.Error as error:
             raise DataError(
                 f"{place}: broken CSV: {error}. Put quotes around fields that hold quotes or line "
-                "breaks, and write a quote inside them twice."
+                "breaks, and write a quote inside them twice; lines have to end with LF or CRLF."
             ) from None
         if fields is None:
             return

@@ -28,9 +28,10 @@ def extra_of(
     if not others:
         return "{}"
     try:
-        text = _dumped(others)
-    except ValueError:
-        text = _dumped(_without_nan(others))
+        try:
+            text = _dumped(others)
+        except ValueError:
+            text = _dumped(_without_nan(others))
     except RecursionError:
         raise RowProblem(f"{TOO_DEEP}. Flatten or remove it.") from None
     return text.encode(errors="replace").decode()

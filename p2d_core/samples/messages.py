@@ -45,25 +45,25 @@ class MessageMap:
     """How the rows of one file become conversations."""
 
     columns: tuple[str, ...]
-    """Lists of messages, in order."""
-    system: str | None = None
-    """Column with the system's text, for rows whose messages have none."""
+    """Lists of messages, in order. The system's text may stand in a column ``system``, whatever its
+    case, of rows whose messages have none; JSON leaves it out where there is none."""
 
     def sample_of(self, row: Mapping[str, Any], source: str, number: int) -> Sample:
         """Raises `RowProblem`: a message is none, or there is nothing to answer or no answer."""
         turns = [turn for column in self.columns for turn in _turns(row, column)]
         used = {*self.columns, "tools"}
-        if row.get("tools"):
+        if _says_something(row.get("tools")):
             raise RowProblem(_no("column 'tools'", "tools"))
-        if self.system is not None:
-            used.add(self.system)
-            text = row.get(self.system)
+        system = next((name for name in row if name.lower() == "system"), None)
+        if system is not None and system not in self.columns:
+            used.add(system)
+            text = row[system]
             if text is not None and not isinstance(text, str):
                 raise RowProblem(
-                    f"column {self.system!r} holds {described(text)} where text is due. Mend it."
+                    f"column {system!r} holds {described(text)} where text is due. Mend it."
                 )
             if text and text.strip() and turns[0].role != "system":
-                turns = [Turn("system", checked_text(f"column {self.system!r}", text)), *turns]
+                turns = [Turn("system", checked_text(f"column {system!r}", text)), *turns]
         where = " and ".join(repr(column) for column in self.columns)
         if any(turn.role == "system" for turn in turns[1:]):
             raise RowProblem(f"{where} has a system turn that is not the first. Move it there.")
@@ -83,13 +83,6 @@ class MessageMap:
             row=number,
             extra=extra_of(row, used, [asdict(turn) for turn in before]),
         )
-
-
-def message_map(row: Mapping[str, Any], columns: tuple[str, ...]) -> MessageMap:
-    """For rows whose messages stand in these columns; a column ``system`` is taken too."""
-    names = {name.lower(): name for name in reversed(list(row))}
-    system = names.get("system")
-    return MessageMap(columns, system if system not in columns else None)
 
 
 def holds_messages(value: Any) -> bool:
@@ -142,7 +135,7 @@ def _turn(message: Any, where: str) -> Turn | None:
             "Rename it, or remove the row."
         )
     for key in CARRIED_BESIDE:
-        if message.get(key):
+        if _says_something(message.get(key)):
             raise RowProblem(_no(where, f"`{key}`"))
     if message.get("weight") == 0:
         raise RowProblem(
@@ -175,6 +168,15 @@ def _part(part: Any, where: str) -> str:
         raise RowProblem(f"{where}: a part's `text` holds {described(part['text'])}. Mend it.")
     kind = part.get("type") if isinstance(part, dict) else None
     raise RowProblem(_no(where, f"a part of type {kind!r}" if kind else "a part that is no text"))
+
+
+def _says_something(value: Any) -> bool:
+    """False of what exporters write for nothing: empty lists, also as JSON text, and nulls."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, Mapping):
+        return any(_says_something(each) for each in value.values())
+    return bool(value)
 
 
 def _no(where: str, what: str) -> str:

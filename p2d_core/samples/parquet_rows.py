@@ -30,7 +30,7 @@ def parquet_rows(path: Path, position: Position) -> Iterator[Row | BrokenRow]:
                     row += 1
                     position.share = row / file.metadata.num_rows
                     place = f"{path}, row {row}"
-                    if isinstance(columns, ValueError):
+                    if isinstance(columns, Exception):
                         yield BrokenRow(place, f"a value cannot be read ({columns}). Mend it.")
                     else:
                         yield Row(place, columns)
@@ -44,15 +44,16 @@ def parquet_rows(path: Path, position: Position) -> Iterator[Row | BrokenRow]:
         ) from error
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | ValueError]:
-    """Rows, or why one cannot be read: text that is not UTF-8, a date past the year 9999."""
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
+    """Rows, or why one cannot be read: text that is not UTF-8, a date past the year 9999, or in a
+    time zone that is not known here (a KeyError)."""
     try:
         yield from batch.to_pylist()
-    except ValueError:
+    except (ValueError, KeyError):
         for index in range(batch.num_rows):
             try:
                 columns: dict[str, Any] = batch.slice(index, 1).to_pylist()[0]
-            except ValueError as error:
+            except (ValueError, KeyError) as error:
                 yield error
             else:
                 yield columns

@@ -32,8 +32,8 @@ class SourceSpec:
     """One named source of samples and how to read it.
 
     Raises:
-        SettingsError: ``skip`` or ``limit`` is out of bounds, ``format`` is unknown, or both
-            messages and texts are named.
+        SettingsError: ``skip`` or ``limit`` is out of bounds, ``format`` is unknown, both messages
+            and texts are named, or what is the hub's is set of files.
     """
 
     name: str
@@ -70,7 +70,14 @@ class SourceSpec:
             raise SettingsError(
                 f"source {self.name!r}: format is {self.format!r}; known: {', '.join(FORMATS)}."
             )
-
+        of_hub = [("config", None), ("split", "train"), ("revision", None)]
+        unread = [name for name, plain in of_hub if getattr(self, name) != plain]
+        if unread and not self.is_on_hub:
+            raise SettingsError(
+                f"source {self.name!r}: {' and '.join(unread)} are of datasets on the hub, and "
+                f"{self.path} is no {HUB_PREFIX}OWNER/NAME. Name the files instead, such as "
+                f"`path: data/test*.parquet`."
+            )
         if self.messages is not None and (self.prompt, self.response) != (None, None):
             raise SettingsError(
                 f"source {self.name!r}: both messages and prompt or response are named. A row is "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from p2d_core.errors import ArtifactError
+from p2d_core.evaluation import metrics
 from p2d_core.store import ArtifactRef
 from tasks.report.markdown import escaped, table
 from tasks.report.page import Page
@@ -64,7 +65,7 @@ class Measured:
         """In words what makes the two not comparable."""
         if (self.metric, self.higher_is_better) != (other.metric, other.higher_is_better):
             return f"{self.metric} against {other.metric}"
-        return "on other evaluation samples"
+        return "on other evaluation samples, or in tokens of another base or format"
 
     @property
     def _how(self) -> tuple[str, bool, str]:
@@ -138,7 +139,10 @@ def measured(quality: QualitySummary, evaluation: ArtifactRef | None) -> Measure
 
 
 def samples_hash(evaluation: ArtifactRef) -> str:
-    """Hex; the same for the same samples judged in the same way, in whatever order."""
+    """Hex; the same for the same samples judged in the same way, in whatever order.
+
+    A loss is of tokens: that of another base, or of texts cut otherwise, is no better or worse.
+    """
     try:
         how = dict(evaluation.manifest.settings)
         ids = pq.read_table(evaluation.path / "samples.parquet", columns=["sample_id"])
@@ -147,6 +151,8 @@ def samples_hash(evaluation: ArtifactRef) -> str:
     if "evaluation" in how:
         # further metrics do not change how it was judged
         how["evaluation"] = {k: v for k, v in how["evaluation"].items() if k != "also"}
+        if metrics.get(how["evaluation"]["metric"]).counts_tokens:
+            how["base"] = evaluation.manifest.inputs.get("base")
     text = json.dumps([how, sorted(ids["sample_id"].to_pylist())], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,7 +53,7 @@ def start(
         params = [Param(key, value) for key, value in flat(settings).items()]
         for batch in batches(params, 100):
             client.log_batch(run_id, params=batch)
-        for batch in batches(_metrics(page), 1000):
+        for batch in batches(_metrics(page, refs.get("model")), 1000):
             client.log_batch(run_id, metrics=batch)
     except BaseException:
         end(client, run_id, "FAILED")
@@ -178,7 +179,7 @@ def _git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _metrics(page: Page) -> list[Metric]:
+def _metrics(page: Page, model: ArtifactRef | None) -> list[Metric]:
     summary = page.summary
     quality, aer, selection = summary.quality, summary.aer, summary.selection
     numbers: dict[str, float | None] = {
@@ -190,9 +191,8 @@ def _metrics(page: Page) -> list[Metric]:
         "eval loss": quality.losses.get("p2d"),
         "AER": round(aer.cold, 3),
         "speedup": round(aer.speedup, 2),
-        "parameters": summary.trainable.parameters,
-        "training seconds": aer.stages.get("model"),
-    }
+    } | _trained(model)
+    numbers["parameters"] = summary.trainable.parameters
     numbers |= {f"quality/{arm}": getattr(quality, arm) for arm in ARMS}
     numbers |= {f"retention/{arm}": value for arm, value in quality.retention.items()}
     numbers |= {f"eval_loss/{arm}": value for arm, value in quality.losses.items()}
@@ -226,7 +226,10 @@ def _metrics(page: Page) -> list[Metric]:
     numbers |= {f"aer_seconds_cold/{term}": s for term, s in aer.stages.items()}
     numbers |= {f"aer_seconds_this_run/{term}": s for term, s in aer.stages_this_run.items()}
     for what, counts in (("source", selection.by_source), ("label", selection.by_label)):
-        numbers |= {f"selected_by_{what}/{_safe(name)}": n for name, n in counts.items()}
+        safe: Counter[str] = Counter()  # C+ and C# become one name
+        for name, n in counts.items():
+            safe[_safe(name)] += n
+        numbers |= {f"selected_by_{what}/{name}": n for name, n in safe.items()}
     curves = {f"{{}}/{name}": curve for name, curve in page.curves.items()}
     return as_metrics(numbers, curves) + as_metrics(
         {}, {"training {}": page.curves.get("model", [])}
@@ -242,13 +245,20 @@ def _arm_metrics(page: Page, arm: str, ref: ArtifactRef | None) -> list[Metric]:
     } | _further(page.summary, arm)
     if ref is None:
         return as_metrics(numbers | ({"parameters": 0} if arm == "base" else {}), {})
+    curves = {"training {}": page.curves.get(ARM_REFS[arm], [])}
+    return as_metrics(numbers | _trained(ref), curves)
+
+
+def _trained(model: ArtifactRef | None) -> dict[str, float | None]:
+    """What one training moved and took; a search for its rate, which arms share, is not in it."""
     try:
-        manifest = ref.manifest
+        manifest = model.manifest if model is not None else None
     except ArtifactError:
-        return as_metrics(numbers, {})
-    numbers["parameters"] = manifest.facts.get("trainable", page.summary.trainable.parameters)
-    numbers["training seconds"] = manifest.cost.get("wall_seconds")
-    return as_metrics(numbers, {"training {}": page.curves.get(ARM_REFS[arm], [])})
+        manifest = None
+    if manifest is None:
+        return {}
+    seconds = manifest.facts.get("training_seconds", manifest.cost.get("wall_seconds"))
+    return {"parameters": manifest.facts.get("trainable"), "training seconds": seconds}
 
 
 def _further(summary: Summary, arm: str) -> dict[str, float | None]:
@@ -293,5 +303,6 @@ def _out_of(part: int, whole: int) -> str:
 
 
 def _safe(name: str) -> str:
-    """As MLflow wants a part of the name of a parameter or metric."""
-    return "".join(c if c.isalnum() or c in "_-. " else "_" for c in name)[:200] or "_"
+    """As MLflow wants a part of the name of a parameter or metric; no way up a folder."""
+    safe = "".join(c if c.isalnum() or c in "_-. " else "_" for c in name)[:200]
+    return safe if set(safe) - {"."} else "_" * max(1, len(safe))

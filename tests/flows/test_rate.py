@@ -79,6 +79,9 @@ def test_the_search_has_tuned_the_heads_already_where_it_tries_as_they_are_to_be
     for name in (SLICES, "held_out.json"):
         assert (taken.path / name).read_bytes() == (trained.path / name).read_bytes()
     assert taken.manifest.facts["steps"] == trained.manifest.facts["steps"] == 36
+    assert taken.manifest.facts["trainable"] == trained.manifest.facts["trainable"] > 0
+    # what the chart of the arms shows is the training, not the copying
+    assert taken.manifest.facts["training_seconds"] > taken.manifest.cost["wall_seconds"]
     # the small job's own heads are tuned for a pass, and rates are tried for ten
     assert rate_of(job, job.first, "head_proxy").manifest.facts["steps"] == 3
 

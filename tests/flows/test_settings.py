@@ -56,6 +56,10 @@ def test_hub_names_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("path", "name"),
     [
+        ("../*.jsonl", "configs"),
+        ("..", "configs"),
+        ("*.jsonl", "runs"),
+        ("/*.jsonl", "files"),
         ("data/pool/chats.v2.jsonl", "chats.v2"),
         ("data/pool", "pool"),
         ("data/pool/*.jsonl", "pool"),
@@ -66,7 +70,7 @@ def test_hub_names_stay_as_they_are(tmp_path):
 )
 def test_a_source_without_a_name_is_called_what_a_person_would_call_it(tmp_path, path, name):
     values = {"base": "b", "target": {"path": path}}
-    assert parse_settings(values, tmp_path / "r.yaml").target.name == name
+    assert parse_settings(values, tmp_path / "configs/runs/r.yaml").target.name == name
 
 
 def test_a_tag_that_mlflow_would_refuse_after_the_run_is_refused_before(tmp_path):
@@ -232,6 +236,20 @@ def test_a_preset_gives_what_the_file_leaves_out_and_nothing_else():
     assert settings.scoring.scorer == "icl-attention"
     own = RunSettings.model_validate(given | {"heads": {"ranker": "taylor"}})
     assert own.heads.ranker == "taylor"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**32),
+        ("compare", {"seeds": [2**32]}),
+        ("selection", {"pool": float("inf")}),
+        ("scoring", {"enough": float("inf")}),
+    ],
+)
+def test_numbers_that_no_stage_could_take_are_refused(key, value):
+    with pytest.raises(ValidationError, match=key):
+        RunSettings.model_validate({"base": "b", "target": {"path": "t"}, key: value})
 
 
 def test_options_of_a_preset_belong_to_its_plugin():

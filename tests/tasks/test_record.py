@@ -16,7 +16,7 @@ from p2d_core.store import ArtifactRef, Store
 from tasks.record import record, record_run
 from tasks.summary import Summary
 from tasks.tracking.database import mlflow_uri, prepare_tracking
-from tasks.tracking.run import bar, flat
+from tasks.tracking.run import _safe, bar, flat
 from tasks.tracking.views import COLUMNS, TABLE, VIEW, preset
 from tests.small_store import fill, summary
 
@@ -290,6 +290,17 @@ def test_settings_become_one_level_of_keys():
     assert flat(nested) == {"a.b": "1", "d.0.e": "x", "d.1.e": "y", "f": "[1, 2]"}
     # a source may have any name; MLflow refuses parameters with most
     assert flat({"quotas": {"train (1)": 0.3}}) == {"quotas.train _1_": "0.3"}
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "C#", "", "x" * 300])
+def test_whatever_a_source_or_label_is_called_mlflow_takes_it(client, recorded, name):
+    client.log_metric(recorded["run_id"], f"selected_by_label/{_safe(name)}", 1.0)
+
+
+def test_labels_that_become_one_name_are_counted_together(store, refs, client):
+    done = summary(refs, "run-labels", selection__by_label={"C#": 2, "C+": 3})
+    run_id = record_run(done, SETTINGS, store=store.root, refs=refs)["run_id"]
+    assert client.get_run(run_id).data.metrics["selected_by_label/C_"] == 5
 
 
 @pytest.mark.parametrize("affinity", [[1.0] * 40, [float("nan")] * 40, [float("-inf")] * 40])

@@ -158,6 +158,23 @@ def test_tools_beside_the_messages_are_refused(tmp_path):
     assert "column 'tools' holds tools" in problem(tmp_path, row)
 
 
+@pytest.mark.parametrize("nothing", [None, "[]", " {} ", "null", "", [], {"name": None}])
+def test_what_exporters_write_for_no_tools_is_none(tmp_path, nothing):
+    answer = {"role": ASSISTANT, "content": "a", "function_call": nothing}
+    row = {"messages": [*openai((USER, "q")), answer], "tools": nothing}
+    assert [sample.response for sample in read(tmp_path, row)] == ["a"]
+
+
+@pytest.mark.parametrize("column", ["system", "System"])
+def test_a_system_text_counts_whichever_row_is_the_first_to_have_one(tmp_path, column):
+    plain = {"conversations": sharegpt((USER, "q"), (ASSISTANT, "a"))}
+    told = plain | {column: "Be brief."}
+    (one, other), (first, second) = read(tmp_path, plain, told), read(tmp_path, told, plain)
+    assert (one.prompt, other.prompt) == (second.prompt, first.prompt)
+    assert "Be brief." in other.prompt
+    assert column not in json.loads(other.extra)
+
+
 def test_a_column_cannot_pass_for_turns(tmp_path):
     row = {"prompt": "p", "response": "r", "__turns__": openai((USER, "another question"))}
     with pytest.raises(DataError, match="a column is called '__turns__', which is kept for turns"):

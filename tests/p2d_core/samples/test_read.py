@@ -145,6 +145,8 @@ def test_files_of_one_source_may_name_their_columns_differently(tmp_path):
         ({"instruction": "p", "input": None, "output": "r"}, "p", "r"),
         ({"instruction": "p", "input": "i", "output": "r"}, "p\n\ni", "r"),
         ({"instruction": "p", "input": "i", "response": "r", "output": "r"}, "p\n\ni", "r"),
+        ({"instruction": "p", "context": "i", "response": "r"}, "p\n\ni", "r"),
+        ({"instruction": "p", "input": "i", "context": "c", "response": "r"}, "p\n\ni", "r"),
     ],
 )
 def test_common_columns_are_recognised(tmp_path, row, prompt, response):
@@ -152,8 +154,10 @@ def test_common_columns_are_recognised(tmp_path, row, prompt, response):
     assert (sample.prompt, sample.response) == (prompt, response)
 
 
-def test_an_input_that_comes_after_the_first_row_counts(tmp_path):
+@pytest.mark.parametrize("written", [str.lower, str.capitalize, str.upper])
+def test_an_input_that_comes_after_the_first_row_counts(tmp_path, written):
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
+    rows = [{written(name): text for name, text in row.items()} for row in rows]
     assert read(jsonl(tmp_path / "a.jsonl", rows))[1].prompt == "c\n\nd"
 
 
@@ -178,6 +182,11 @@ def test_unknown_columns_are_listed_with_the_keys_that_name_them(tmp_path):
         r"Columns found: head, tail\. .*`prompt:` and `response:` of source 'mine'",
         message,
     )
+
+
+def test_rows_within_one_object_are_to_be_written_alone(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"version": "1", "data": QA}))
+    assert "If the rows are what stands under 'data', write that array alone." in refused(path)
 
 
 def test_a_misspelt_column_gets_a_suggestion(tmp_path):
@@ -222,6 +231,12 @@ def test_extra_holds_what_json_cannot_say_as_null_or_text(tmp_path):
     )
     (sample,) = read(path)
     assert json.loads(sample.extra) == {"x": None, "y": ["?", None]}
+
+
+def test_a_column_that_is_nested_too_deeply_is_refused(tmp_path):
+    deep = "[" * 900 + "NaN" + "]" * 900
+    row = f'{{"prompt": "p", "response": "r", "deep": {deep}}}\n'
+    assert "nested too deeply" in refused(write(tmp_path / "a.jsonl", row))
 
 
 def test_extra_of_parquet_columns(tmp_path):
@@ -437,6 +452,7 @@ def test_utf16_is_refused(tmp_path, name):
         (b'prompt,response\n"a\nb",c\nd,\n', r"line 4: the response .* is empty"),
         (b"prompt,response\na,\xe9\n", r"line 2: not UTF-8 \(byte 0xe9 at offset 18"),
         (b"prompt,response\na,b\x00\n", r"line 2: a NUL byte at offset 19"),
+        (b"prompt,response\ra,b\r", r"line 1: broken CSV: .* lines have to end with LF or CRLF"),
     ],
 )
 def test_broken_csv_is_refused_with_its_line(tmp_path, content, message):
@@ -464,6 +480,13 @@ def test_a_parquet_value_that_cannot_be_read_is_refused_with_its_row(tmp_path):
     assert "a.parquet, row 2: a value cannot be read ('utf-8' codec" in refused(
         str(tmp_path / "a.parquet")
     )
+
+
+def test_a_time_zone_that_is_not_known_is_refused_with_its_row(tmp_path):
+    times = pa.array([0], pa.timestamp("s", "Mars/Phobos"))
+    table = pa.table({"prompt": ["a"], "response": ["b"], "time": times})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet, row 1: a value cannot be read" in refused(str(tmp_path / "a.parquet"))
 
 
 def test_parquet_numbers_are_no_text(tmp_path):
@@ -503,6 +526,8 @@ def test_a_path_with_a_nul_character_is_refused():
         ({"skip": -1}, r"skip is -1; it has to be >= 0"),
         ({"limit": 0}, r"limit is 0; it has to be >= 1"),
         ({"format": "xml"}, r"format is 'xml'; known: csv, json, jsonl, parquet, tsv"),
+        ({"split": "test"}, r"split are of datasets on the hub, and a.jsonl is no hf://datasets/"),
+        ({"config": "main", "revision": "v1"}, r"config and revision are of datasets on the hub"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings, message):

@@ -185,7 +185,7 @@ def test_a_champion_measured_otherwise_stays_what_it_became_champion_by(tmp_path
     before = runs.client.get_model_version("sums", "1")
     again = runs.run(0.10, "one", ids="xyz").registered
     assert (again.champion, again.version, again.reused) == (True, "1", True)
-    assert "this run measured otherwise (on other evaluation samples)" in again.why
+    assert "this run measured otherwise (on other evaluation samples," in again.why
     after = runs.client.get_model_version("sums", "1")
     assert (after.tags, after.description) == (before.tags, before.description)
     better = runs.run(0.80, "two").registered
@@ -215,6 +215,22 @@ def test_evaluations_are_the_same_if_samples_and_judging_are(tmp_path):
     assert samples_hash(one) == samples_hash(runs.evaluation("b", "a", model="two"))
     assert samples_hash(one) != samples_hash(runs.evaluation("a", "c", model="three"))
     assert samples_hash(one) != samples_hash(runs.evaluation("a", "b", metric="loss"))
+
+
+@pytest.mark.parametrize(("metric", "matters"), [("loss", True), ("exact_match", False)])
+def test_a_loss_in_tokens_of_another_base_or_format_cannot_be_compared(tmp_path, metric, matters):
+    runs = Runs(tmp_path)
+    table = pa.table({"sample_id": ["a"]})
+    hashes = {
+        samples_hash(
+            put(
+                runs.store, "evaluation", {"samples.parquet": table},
+                inputs={"base": {"sha256": "b", "max_tokens": n}}, evaluation={"metric": metric},
+            )
+        )
+        for n in (12, 1024)
+    }  # fmt: skip
+    assert len(hashes) == 1 + matters
 
 
 def test_a_description_fits_into_mlflows_database(runs, tmp_path):
