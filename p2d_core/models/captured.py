@@ -21,6 +21,7 @@ from p2d_core.attention.layout import (
 )
 from p2d_core.errors import NumericalError
 from p2d_core.models.load import load_model, load_tokenizer
+from p2d_core.models.shape import vocabulary_of
 from p2d_core.response_loss import response_losses
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import (
@@ -59,7 +60,7 @@ class CapturedModel:
     @cached_property
     def encoder(self) -> Encoder:
         """From samples to token ids."""
-        return Encoder(self.tokenizer, self.text)
+        return Encoder(self.tokenizer, self.text, vocabulary_of(self.folder))
 
     @cached_property
     def model(self) -> Any:

@@ -104,6 +104,15 @@ def most_tokens(folder: Path) -> int:
     return limit
 
 
+def vocabulary_of(folder: Path) -> int | None:
+    """How many tokens the model knows, if its config says so.
+
+    Raises:
+        ModelError: transformers cannot read the config.
+    """
+    return getattr(config_of(folder).get_text_config(), "vocab_size", None)
+
+
 def positions_of(config: Any) -> tuple[str, Any]:
     """What a config calls the tokens that positions reach, and how many it says; None: no limit."""
     text = config.get_text_config()

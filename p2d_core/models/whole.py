@@ -42,9 +42,12 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
     _check_weights(folder)
     _check_numbers(weights, progress)
     tokenizer = load_tokenizer(folder)
-    Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     known = model.get_input_embeddings().weight.shape[0]
-    last = max(tokenizer.get_vocab().values(), default=0)
+    # Gemma 3's text models share a tokenizer with those that see pictures: it may have a token more
+    of_texts = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    last = max(map(tokenizer.get_vocab().__getitem__, of_texts), default=0)
+    last = max(last, *encoder.always_used)
     if last >= known:
         raise ModelError(
             f"{folder}: its tokenizer has the token {last}, but the model knows {known} tokens. "

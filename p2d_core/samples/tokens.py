@@ -86,14 +86,24 @@ class Encoder:
 
     With ``template: chat`` all of this is the chat template's doing: see `ChatEncoding`.
 
+    Args:
+        vocabulary: ids that the model knows are below it; None: all that the tokenizer has.
+
     Raises:
         DataError: the tokenizer has neither end of sequence nor padding, a text has no tokens, or
-            the chat template refuses a sample.
+            one that the model does not know, or the chat template refuses a sample.
         ModelError: there is no chat template that can be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, fmt: TextFormat | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        fmt: TextFormat | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        # most tokenizers have no token that their model lacks, and nothing is to be looked for
+        self.vocabulary = vocabulary if vocabulary and len(tokenizer) > vocabulary else None
         self.format = fmt or TextFormat()
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         if end is None and pad is None:
@@ -107,6 +117,11 @@ class Encoder:
         self._start: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.chat = ChatEncoding(tokenizer) if self.format.template == "chat" else None
 
+    @property
+    def always_used(self) -> list[int]:
+        """Tokens that stand in samples and batches, whatever the texts."""
+        return [self.end_id, self.pad_id, *self._start]
+
     def encode(self, sample: Sample) -> EncodedSample:
         """Token ids of one sample."""
         return next(self.encode_all([sample]))
@@ -117,16 +132,27 @@ class Encoder:
         for sample in samples:
             pending.append(sample)
             if len(pending) == _TOKENIZED_AT_ONCE:
-                yield from self._encode_batch(pending)
+                yield from self._known(pending)
                 pending = []
         if pending:
-            yield from self._encode_batch(pending)
+            yield from self._known(pending)
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens at which an answer ends."""
         end = None if self.chat is None else self.chat.end_id
         return [self.end_id] if end is None or end == self.end_id else [end, self.end_id]
+
+    def _known(self, samples: Sequence[Sample]) -> Iterator[EncodedSample]:
+        """Refuses a token that the model lacks: its embedding would have no row for it."""
+        for sample, encoded in zip(samples, self._encode_batch(samples), strict=True):
+            if self.vocabulary is not None and max(encoded.input_ids) >= self.vocabulary:
+                token = self.tokenizer.convert_ids_to_tokens(max(encoded.input_ids))
+                raise DataError(
+                    f"row {sample.row + 1} of source {sample.source!r} has the token {token!r}, "
+                    "which the tokenizer knows and the model does not. Remove the row."
+                )
+            yield encoded
 
     def _encode_batch(self, samples: Sequence[Sample]) -> Iterator[EncodedSample]:
         if self.chat is not None:
