@@ -23,6 +23,8 @@ CONFIGS = (
     "processor_config.json",
     "tokenizer_config.json",
 )
+PLAIN_ATTENTION = ("mxfp4",)
+"""Ways to quantise that leave the attention as it is: gpt-oss has only its experts so."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -57,7 +59,7 @@ def check_configs(folder: Path) -> None:
     """Refuses what the JSON files of a model folder say already; its weights may be missing yet.
 
     Raises:
-        ModelError: no config, code of its own, or an adapter.
+        ModelError: no config, code of its own, an adapter, or quantised weights.
     """
     config = folder / "config.json"
     if (folder / "adapter_config.json").exists():
@@ -67,8 +69,16 @@ def check_configs(folder: Path) -> None:
         )
     if not config.is_file():
         raise ModelError(f"{folder}: has no config.json. Give a folder that save_pretrained wrote.")
-    if not isinstance(json_object(config).get("model_type"), str):
+    values = json_object(config)
+    if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{config}: has no `model_type`. Give a folder of a Hugging Face model.")
+    quantised = values.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if quantised and method not in PLAIN_ATTENTION:
+        raise ModelError(
+            f"{config}: its weights are quantised ({method}): the slices of a head could not be "
+            "tuned. Take the checkpoint in bfloat16 or float32."
+        )
     for name in CONFIGS:
         if (folder / name).is_file():
             _refuse_code(folder / name)

@@ -90,10 +90,14 @@ def check_gradient_checkpointing(folder: Path) -> None:
 def most_tokens(folder: Path) -> int:
     """How many tokens the model's positions reach; without a limit in its config, very many.
 
+    Of LongRoPE (Phi-3) as many as it was made for: where a sample has more, transformers takes
+    other factors for all of its batch, and what is measured of the others would depend on it.
+
     Raises:
         ModelError: transformers cannot read the config, or the limit is no number of tokens.
     """
-    name, limit = positions_of(config_of(folder))
+    config = config_of(folder)
+    name, limit = positions_of(config)
     if limit is None:
         return sys.maxsize
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
@@ -101,6 +105,10 @@ def most_tokens(folder: Path) -> int:
             f"{folder / 'config.json'}: `{name}` is {limit!r}; it has to be a number of tokens. "
             "Save the model again."
         )
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+        made_for = rope.get("original_max_position_embeddings")
+        return min(limit, made_for) if isinstance(made_for, int) and made_for > 0 else limit
     return limit
 
 

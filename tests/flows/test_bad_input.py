@@ -139,6 +139,13 @@ def test_a_base_with_code_of_its_own(case, capsys, monkeypatch):
     assert "names code of its own" in refusal(case, capsys, monkeypatch)
 
 
+def test_a_base_with_quantised_weights(case, capsys, monkeypatch):
+    config = case.folder / "base/config.json"
+    values = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    config.write_text(json.dumps(values))
+    assert "its weights are quantised (fp8): the slices" in refusal(case, capsys, monkeypatch)
+
+
 def test_a_base_that_is_not_there(case, capsys, monkeypatch):
     case.values["base"] = "bsae"
     assert "there is no such folder" in refusal(case, capsys, monkeypatch)

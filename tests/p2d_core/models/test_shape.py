@@ -42,6 +42,21 @@ def test_of_a_model_for_pictures_too_the_positions_of_its_text_count(tmp_path):
     assert most_tokens(folder_of(config, tmp_path)) == 96
 
 
+@pytest.mark.parametrize(("family", "n_tokens"), [("phi3", 32), ("qwen2", 256)])
+def test_longrope_reaches_as_far_as_no_sample_changes_what_another_gets(family, n_tokens, tmp_path):
+    rope = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+    if family == "phi3":
+        longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        config = hf.Phi3Config(
+            **GROUPED, max_position_embeddings=256, original_max_position_embeddings=32,
+            rope_parameters=rope | longrope,
+        )  # fmt: skip
+    else:
+        yarn = {"rope_type": "yarn", "factor": 8.0}
+        config = hf.Qwen2Config(**GROUPED, max_position_embeddings=256, rope_parameters=rope | yarn)
+    assert most_tokens(folder_of(config, tmp_path)) == n_tokens
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")],
