@@ -12,7 +12,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from p2d_core.affinity import Scorer, Step, Target, scorers, steps_of
-from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import MEASURED, in_order_of, measure_shard
 from p2d_core.affinity.scoring import SCORES, passing_ids
 from p2d_core.affinity.tried import SHARES, is_tried
@@ -52,24 +51,14 @@ class Passing:
 
 def _room(shard: ShardRef, **looked_at: Any) -> int:
     rows = pq.ParquetFile(shard.file).metadata.num_rows
-    return of_measurements(rows, _numbers_a_sample(**looked_at))
+    return of_measurements(rows, _bytes_a_sample(**looked_at))
 
 
-def _numbers_a_sample(
-    base: BaseModel,
-    scorer: Plugin,
-    step: int,
-    task_heads: tuple[tuple[int, int], ...],
-    heads: ArtifactRef | None,
-    **_: Any,
+def _bytes_a_sample(
+    base: BaseModel, scorer: Plugin, step: int, heads: ArtifactRef | None, **_: Any
 ) -> int:
-    """The head vectors of head-activation; of every other scorer at most a few for each head."""
-    one = scorer_step(scorer, step).scorer
-    head_map = head_map_of(heads)
-    if isinstance(one, HeadActivation) and head_map is not None:
-        layers = parameter_counts(Path(base.folder)).layers
-        return len(one.looked_at(head_map)) * layers[0].head_dim
-    return 2 + len(task_heads)
+    counts = parameter_counts(Path(base.folder))
+    return scorer_step(scorer, step).scorer.bytes_a_sample(counts, head_map_of(heads))
 
 
 def _sent(
@@ -206,7 +195,7 @@ def check_room_for(
         if not (store.path(recipe.stage, recipe.key) / MANIFEST).exists():
             rows += pq.ParquetFile(shard.file).metadata.num_rows
     if rows:
-        needed = of_measurements(rows, _numbers_a_sample(**measured_with))
+        needed = of_measurements(rows, _bytes_a_sample(**measured_with))
         check_room(store.root, needed, f"measuring {rows:,} samples")
 
 

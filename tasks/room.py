@@ -66,9 +66,9 @@ def of_model(
     return _of_training(moved.get(adaptation.name, counts.attention))
 
 
-def of_measurements(rows: int, numbers: int) -> int:
-    """Ids and counts, and so many numbers a sample."""
-    return SMALL + rows * (A_ROW + numbers * NUMBER)
+def of_measurements(rows: int, bytes_a_sample: int) -> int:
+    """Ids and counts, and so much a sample beside them."""
+    return SMALL + rows * (A_ROW + bytes_a_sample)
 
 
 def of_scores(corpus: ArtifactRef, **_: Any) -> int:

@@ -20,7 +20,7 @@ from p2d_core.affinity.similarity import nearest_mean, nearest_mean_of_others
 from p2d_core.attention.capture import mean_head_outputs
 from p2d_core.errors import InputError, SettingsError
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, ParameterCounts
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import IGNORED_LABEL
 
@@ -67,6 +67,11 @@ class HeadActivation(Scorer):
                 f"head-activation: depth is {self.depth!r}; it has to be 'heads' or a share of the "
                 "layers in (0, 1]."
             )
+
+    def bytes_a_sample(self, counts: ParameterCounts, heads: HeadMap | None) -> int:
+        """A vector for each head that is looked at."""
+        assert heads is not None
+        return 4 * len(self.looked_at(heads)) * counts.layers[0].head_dim
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, n_heads, head_dim]."""

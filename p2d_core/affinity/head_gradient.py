@@ -20,7 +20,7 @@ from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.attention.layout import ROLES, Roles, slices_of
 from p2d_core.attention.structure import is_transposed
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, ParameterCounts
 from p2d_core.samples.schema import Sample
 
 GRADIENT = "gradient"
@@ -51,6 +51,10 @@ class HeadGradient(Scorer):
     version: ClassVar[str] = "2"
     measures_target: ClassVar[bool] = False
     needs_heads: ClassVar[bool] = True
+
+    def bytes_a_sample(self, counts: ParameterCounts, heads: HeadMap | None) -> int:
+        """A vector."""
+        return 2 * self.dimensions
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``heads`` [n_heads, 2] and, with a target, ``proxy`` [n_proxy, dimensions]."""

@@ -21,7 +21,7 @@ from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.attention.structure import sizes_of
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, ParameterCounts
 from p2d_core.response_loss import batch_loss
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import EncodedSample, collate
@@ -64,6 +64,10 @@ class Less(Scorer):
 
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = True
+
+    def bytes_a_sample(self, counts: ParameterCounts, heads: HeadMap | None) -> int:
+        """A vector."""
+        return 2 * self.dimensions
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """The LoRA's ``a.N`` and ``b.N``, Adam's second moment ``square``, and ``proxy``.

@@ -10,7 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, ParameterCounts
 from p2d_core.registry import Registry
 from p2d_core.samples.schema import Sample
 
@@ -64,6 +64,10 @@ class Scorer(Protocol):
     def needs_head_proxy(self) -> bool:
         """Does it look through the task heads as tuned on the proxy set?"""
         return False
+
+    def bytes_a_sample(self, counts: ParameterCounts, heads: HeadMap | None) -> int:
+        """About how much measure() gives of a sample, at the most: the disk is looked at before."""
+        return 16 * (2 + (len(heads.task_heads) if heads is not None else 0))
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """What measure and affinity need; without target samples only what measure needs."""

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, ParameterCounts
 from p2d_core.samples.schema import Sample
 from p2d_core.samples.tokens import needed_mask
 
@@ -44,6 +44,10 @@ class RdsPlus(Scorer):
     version: ClassVar[str] = "1"
     measures_target: ClassVar[bool] = False
     measured_by: ClassVar[tuple[str, ...]] = ()
+
+    def bytes_a_sample(self, counts: ParameterCounts, heads: HeadMap | None) -> int:
+        """A vector."""
+        return 4 * counts.width
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """``proxy`` [n_proxy, hidden], with a target."""

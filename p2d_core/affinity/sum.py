@@ -16,7 +16,7 @@ from p2d_core.affinity.measuring import SAMPLE_COLUMNS, only
 from p2d_core.affinity.protocol import Chain, Fitted, Scorer, ScorerState, Target, scorers
 from p2d_core.errors import SettingsError
 from p2d_core.heads.head_map import HeadMap
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, ParameterCounts
 from p2d_core.samples.schema import Sample
 
 OF_EVERY_TABLE = ("sample_id", *SAMPLE_COLUMNS, "n_tokens", "n_response_tokens")
@@ -109,6 +109,10 @@ class Sum(Scorer):
     def part_names(self) -> tuple[str, ...]:
         """The scorers' names with underscores."""
         return tuple(map(column_of, self.parts))
+
+    def bytes_a_sample(self, counts: ParameterCounts, heads: HeadMap | None) -> int:
+        """Of all parts together."""
+        return sum(each.bytes_a_sample(counts, heads) for each in self._made.values())
 
     def prepare(self, model: CapturedModel, heads: HeadMap | None, target: Target) -> ScorerState:
         """What each part prepares, under ``<part>/``."""

@@ -15,7 +15,7 @@ from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
 from p2d_core.errors import InputError, SettingsError, UnknownNameError
 from p2d_core.heads.ranking import rankers
-from p2d_core.models import CapturedModel
+from p2d_core.models import CapturedModel, parameter_counts
 from p2d_core.samples.schema import Sample, sample_id_of
 from tests.small_scoring import NEEDED, TARGET, affinities, joined, samples
 
@@ -74,6 +74,19 @@ def test_an_affinity_does_not_depend_on_shards_order_or_batches(name, model, hea
     finally:
         model.tokens_per_batch = 8192
     np.testing.assert_allclose(small, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_measurement_takes_no_more_than_is_looked_for_on_the_disk(name, model, heads):
+    scorer = scorers.make(name, NEEDED.get(name, {}))
+    counts = parameter_counts(model.folder)
+    said = scorer.bytes_a_sample(counts, heads if scorer.needs_heads else None)
+    state = scorer.prepare(model, heads, TARGET if scorer.measures_target else Target((), ()))
+    columns = scorer.measure(model, state, samples(20)) if scorer.runs_model else {}
+    taken = sum(pa.array(column).nbytes for column in columns.values()) / 20
+    assert taken <= said
+    if name in ("less", "head-gradient", "rds-plus"):
+        assert said <= 1.5 * taken
 
 
 def test_head_activation_equals_whitening_by_hand(model, heads):
