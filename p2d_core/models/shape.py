@@ -113,12 +113,14 @@ def most_tokens(folder: Path) -> int:
 
 
 def vocabulary_of(folder: Path) -> int | None:
-    """How many tokens the model knows, if its config says so.
+    """How many tokens the model knows, if there is a config.json that says so.
 
     Raises:
-        ModelError: transformers cannot read the config.
+        ModelError: it is not JSON.
     """
-    return getattr(config_of(folder).get_text_config(), "vocab_size", None)
+    config = folder / "config.json"
+    size = json_object(config).get("vocab_size") if config.exists() else None
+    return size if isinstance(size, int) else None
 
 
 def positions_of(config: Any) -> tuple[str, Any]:

@@ -325,6 +325,16 @@ def test_heads_are_tuned_in_bfloat16(tmp_path):
         assert bool(len(moved)) == bool(len(index)), name
 
 
+def test_losses_before_and_after_are_of_the_same_arithmetic(tmp_path):
+    """bfloat16 is for the passes of training: what did not move has the same logits to the bit."""
+    model = tiny_llama()
+    ids = torch.tensor([encoded()[0].input_ids])
+    before = model.eval()(ids).logits
+    spec = TrainingSpec(epochs=1, learning_rate=0.0, batch_size=4)
+    train(model, encoded(), spec, pad_id=0, scratch=tmp_path, mixed_precision=True)
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_a_calibrated_step_has_the_optimizer_of_training(monkeypatch, tmp_path):
     """The plain one takes several times as long on a CPU, and the AER would be too good."""
     made = []
