@@ -108,7 +108,7 @@ def adapt_to(
     scores = score_corpus(run, data, heads, inputs.scorer)
     subset = choose(run, data, scores)
     models: dict[str, ArtifactRef | None] = {"base": None, "p2d": train(run, data, heads, subset)}
-    models |= other_arms(run, data, heads, scores)
+    models |= other_arms(run, data, heads, scores, subset)
     if head_proxy := run.ledger.last("head_proxy"):
         models["proxy"] = head_proxy
     reference = cost_of_full(run, data, models.get("full"))

@@ -41,6 +41,7 @@ from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, Plugin
 from p2d_core.errors import InputError, P2DError
 from p2d_core.evaluation import metrics
 from p2d_core.store import ArtifactRef, Store
+from p2d_core.store.manifest import MANIFEST
 from tasks.comparison import compare_arms
 from tasks.progress import progress_of
 from tasks.record import record_comparison
@@ -84,14 +85,21 @@ def grid_of(settings: RunSettings) -> Grid:
         _as_in_the_run(grid.scorers, scoring.scorer, scoring.options),
         _as_in_the_run(grid.rankers, heads.ranker, heads.options),
         _as_in_the_run(grid.adaptations, training.adaptation, training.options),
-        grid.fractions,
+        grid.fractions or (settings.selection.fraction,),
     ):
         by_heads = scores_by_heads(scorer.name, scorer.options)
         looks = by_heads or _adapts_heads(adaptation)
-        plugins = Plugins(scorer.name, ranker.name if looks else NONE, adaptation.name, by_heads)
+        its = _settings_of(settings, scorer, ranker, adaptation, fraction)
+        plugins = Plugins(
+            scorer.name,
+            ranker.name if looks else NONE,
+            adaptation.name,
+            by_heads,
+            its.heads.fraction if looks else None,
+        )
         named = (scorer.shown, ranker.shown if looks else NONE, adaptation.shown)
         arm = Arm(*named, fraction, plugins)
-        arms.setdefault(arm, _settings_of(settings, scorer, ranker, adaptation, fraction))
+        arms.setdefault(arm, its)
     return Grid(arms, tuple(dict.fromkeys(grid.seeds)))
 
 
@@ -169,6 +177,8 @@ def run_arms(
         higher_is_better=metrics.get(metric).higher_is_better,
         name=settings.name,
     )
+    # one that was found again is as new as this run to `p2d artifacts gc`
+    (done.path / MANIFEST).touch()
     record_comparison(done, run_id, settings.tracking.model_dump(mode="json"), store)
     return done
 
@@ -234,7 +244,15 @@ class Seed:
         self.full = train_full(run, self.data)
         done = self._measured(run, Arm(EVERYTHING, NONE, "full", 1.0), self.full)
         seconds = float(self.full.manifest.cost["wall_seconds"])
-        return replace(done, aer=1.0, seconds={"model": seconds}, full_seconds=seconds)
+        searched = run.ledger.last("rate_full")
+        artifacts = {"rate": searched.key} if searched is not None else {}
+        return replace(
+            done,
+            aer=1.0,
+            seconds={"model": seconds},
+            full_seconds=seconds,
+            artifacts=artifacts | {**done.artifacts},
+        )
 
     def arm(self, arm: Arm, settings: RunSettings, inputs: Inputs) -> ArmRun:
         """Heads where they are looked at, scores, subset, training, evaluation."""
@@ -247,9 +265,11 @@ class Seed:
         reference = cost_of_full(run, data, self.full)
         cold, _ = run.ledger.aer(reference)
         done = self._measured(run, arm, model)
-        refs = {"scores": scores, "subset": subset, "model": model}
-        if heads is not None:
-            refs["heads"] = heads
+        refs = {"scores": scores, "subset": subset}
+        # found again by the next comparison, so kept for it: all that a run of the arm asks for
+        for stage in ("heads", "head_proxy", "rate", "reference"):
+            if (ref := run.ledger.last(stage)) is not None:
+                refs[stage] = ref
         return replace(
             done,
             selected=int(subset.manifest.facts["rows"]),
@@ -257,7 +277,7 @@ class Seed:
             aer=cold.ratio,
             seconds=dict(cold.stages),
             full_seconds=reference.seconds,
-            artifacts={name: ref.key for name, ref in refs.items()},
+            artifacts={name: ref.key for name, ref in refs.items()} | {**done.artifacts},
         )
 
     def _measured(self, run: Run, arm: Arm, model: ArtifactRef | None) -> ArmRun:
@@ -273,6 +293,8 @@ class Seed:
             for name in facts["target"]
         }
         cost = model.manifest.cost if model is not None else {}
+        refs = {f"evaluation_{on}": ref for on, ref in measured.items()}
+        refs |= {"model": model} if model is not None else {}
         return ArmRun(
             arm,
             self.seed,
@@ -283,6 +305,7 @@ class Seed:
             also=values,
             parameters=model.manifest.facts["trainable"] if model is not None else None,
             peak_memory_bytes=int(cost["peak_memory_bytes"]) if cost else None,
+            artifacts={name: ref.key for name, ref in refs.items()},
         )
 
 

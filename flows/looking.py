@@ -121,7 +121,7 @@ def look_up(
     models: dict[str, ArtifactRef | None] = {"base": None}
     models["p2d"] = attempt("model", lambda: train(run, data, heads, subset))
     if settings.arms.random:
-        by_chance = choose_at_random(run, data, scores)
+        by_chance = choose_at_random(run, data, scores, subset)
         models["random"] = attempt("model", lambda: train(run, data, heads, by_chance, "random"))
     full = None
     if settings.arms.full == "measured":

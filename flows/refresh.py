@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +19,13 @@ from flows.ledger import Ledger
 from flows.settings import RunSettings
 from flows.stages import Run, find_heads, rank_on, read_target, use_from_now_on
 from p2d_core.heads.drift import Drift, drift
+from p2d_core.heads.head_map import HeadPick
 from p2d_core.store import ArtifactRef, Store
 from p2d_core.store.in_use import head_map_in_use, put_in_use
 from tasks.heads import average_heads, head_map_in
 from tasks.record import record_drift
 from tasks.samples import redraw_target
-from tasks.stage import BaseModel
+from tasks.stage import BaseModel, Plugin
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,10 @@ class Refresh:
     """Looks so far, this one included."""
     drift: Drift | None
     """None where there was no map to look at: the first look, it is damaged or gone, or the
-    settings name another ranker."""
+    settings rank or pick heads in another way."""
     ranker_before: str | None = None
-    """That the map in use was ranked by, where the settings name another one now."""
+    """That the map in use was ranked by, and how many heads it took, where the settings say
+    otherwise now."""
 
     @property
     def sentence(self) -> str:
@@ -148,10 +149,10 @@ def look(
         use_from_now_on(run, heads, "the first look", number)
         before = used.key if used is not None else None
         return Refresh(settings.name, name, heads.key, before, number, None)
-    before, now = ranker_of(kept), in_words(inputs.ranker.name, inputs.ranker.settings)
+    before, now = ranked_by(kept), in_words(inputs.ranker, inputs.pick)
     if before != now:
         heads = find_heads(run, target)
-        use_from_now_on(run, heads, f"{used.key[:12]} is of another ranker", number)
+        use_from_now_on(run, heads, f"{used.key[:12]} is of other settings", number)
         return Refresh(settings.name, name, heads.key, used.key, number, None, before)
     maps = fresh_maps(run, target, number, draws)
     found = drift(head_map_in(kept), [head_map_in(one) for one in maps], margin=margin)
@@ -165,16 +166,22 @@ def look(
     return Refresh(settings.name, name, used.key, used.key, number, found)
 
 
-def ranker_of(heads: ArtifactRef) -> str:
-    """What a head map was ranked by, in words."""
-    ranker = heads.manifest.settings["ranker"]
-    return in_words(ranker["name"], ranker["settings"])
+def ranked_by(heads: ArtifactRef) -> str:
+    """What a head map was ranked by and how its task heads were picked, in words."""
+    settings = heads.manifest.settings
+    return in_words(Plugin(**settings["ranker"]), HeadPick(**settings["pick"]))
 
 
-def in_words(name: str, options: Iterable[Sequence[Any]]) -> str:
-    """Such as spad (support values, temperature 1.0)."""
-    listed = ", ".join(f"{option} {value}" for option, value in options)
-    return f"{name} ({listed})" if listed else name
+def in_words(ranker: Plugin, pick: HeadPick) -> str:
+    """Such as spad (support values, temperature 1.0), 10% of the heads, at most 2 a layer."""
+    options = ", ".join(f"{option} {value}" for option, value in ranker.settings)
+    words = [f"{ranker.name} ({options})" if options else ranker.name]
+    words.append(f"{100 * pick.fraction:g}% of the heads")
+    if pick.max_per_layer is not None:
+        words.append(f"at most {pick.max_per_layer} a layer")
+    if pick.one_per_kv_group:
+        words.append("one of a KV group")
+    return ", ".join(words)
 
 
 def told(settings: RunSettings, inputs: Inputs, store: Path, done: Refresh) -> None:

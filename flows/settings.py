@@ -200,7 +200,7 @@ class SelectionSettings(Section):
     match_lengths: bool = True
     """Draw so that response lengths are spread as those of the proxy samples."""
     quotas: dict[str, Share] = {}
-    """Share of the subset that a source gets, by the source's name; the others share the rest."""
+    """Share of what is chosen by affinity that a source gets, by its name; others get the rest."""
     replay: ShareOrZero = 0.2
     """Share of the subset drawn at random from the corpus' other sources, against forgetting."""
     where: str | None = None

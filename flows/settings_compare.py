@@ -28,6 +28,8 @@ class Choice(Section):
         return self.label or self.name
 
 
+TAKEN = {"base", "everything", "-"}
+"""What tables call the base model, training on everything, and an arm without a ranker."""
 ONLY_OF = {"learning_rate": "adaptations", "fraction": "rankers"}
 
 
@@ -50,10 +52,10 @@ class CompareSettings(Section):
     """Names, or {name, options, label}."""
     adaptations: Choices = ("heads", "full")  # type: ignore[assignment]
     """Names, or {name, options, label, learning_rate}."""
-    fractions: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1,)
-    """Shares of the corpus that training sees."""
+    fractions: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
+    """Shares of the corpus that training sees; selection.fraction if empty."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    """Of every draw and of training; the data stay the same."""
+    """Of every draw and of training, in place of the run's seed; the data stay the same."""
     everything: bool = True
     """Also full fine-tuning on the whole corpus; the AER is then against its measured time."""
 
@@ -70,6 +72,8 @@ class CompareSettings(Section):
     @classmethod
     def _told_apart(cls, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
         shown = [choice.shown for choice in choices]
+        for name in set(shown) & TAKEN:
+            raise ValueError(f"one of them is called {name!r}, which is another arm's: rename it")
         for one, name in zip(choices, shown, strict=True):
             if any(name == other.shown and one != other for other in choices):
                 raise ValueError(f"two of them are called {name!r}; give each a label")

@@ -36,7 +36,7 @@ from tasks.samples import (
     refuse_unforeseen_chats,
     split_target,
 )
-from tasks.stage import Plugin, Runtime, SourceInput
+from tasks.stage import NotMade, Plugin, Runtime, SourceInput
 from tasks.subset import draw_subset
 from tasks.together import together
 
@@ -254,21 +254,27 @@ def train(
 
 
 def other_arms(
-    run: Run, data: Data, heads: ArtifactRef | None, scores: ArtifactRef
+    run: Run, data: Data, heads: ArtifactRef | None, scores: ArtifactRef, subset: ArtifactRef
 ) -> dict[str, ArtifactRef]:
     """What P2D is held against: random data of the same size, and everything."""
     arms = {}
     if run.settings.arms.random:
-        arms["random"] = train(run, data, heads, choose_at_random(run, data, scores), "random")
+        by_chance = choose_at_random(run, data, scores, subset)
+        arms["random"] = train(run, data, heads, by_chance, "random")
     if run.settings.arms.full == "measured":
         arms["full"] = train_full(run, data)
     return arms
 
 
-def choose_at_random(run: Run, data: Data, scores: ArtifactRef) -> ArtifactRef:
-    """A subset of the same size, drawn by chance."""
+def choose_at_random(run: Run, data: Data, scores: ArtifactRef, chosen: ArtifactRef) -> ArtifactRef:
+    """A subset of the same size as the ``chosen`` one, drawn by chance."""
     with run.ledger.stage("subset_random") as made:
         by_chance = replace(run.inputs.selection, at_random=True)
+        if not isinstance(chosen, NotMade):
+            facts = chosen.manifest.facts
+            # quotas may leave places open
+            if facts["rows"] < by_chance.budget(sum(facts["corpus_by_source"].values())):
+                by_chance = replace(by_chance, rows=facts["rows"])
         subset = draw_subset(run.runtime, scores, data.corpus, by_chance)
         made.append(subset)
     return subset

@@ -8,6 +8,7 @@ from typing import Any
 
 from p2d_core.comparison import arms, picture
 from p2d_core.comparison.arms import ArmRun
+from p2d_core.comparison.statistics import plain
 from p2d_core.comparison.verdict import ON_FRONT, answers, arm_lines, front
 from p2d_core.store import Making
 from tasks.stage import Runtime, stage
@@ -33,7 +34,7 @@ def compare_arms(
         for answer in answers(runs, higher_is_better)
     ]
     said.append({"question": ON_FRONT, "words": front(lines)})
-    text = json.dumps(said, indent=2) + "\n"
+    text = json.dumps(plain(said), indent=2, allow_nan=False) + "\n"
     (making.folder / VERDICT).write_text(text, encoding="utf-8")
     making.facts |= {
         "name": name,

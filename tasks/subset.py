@@ -14,7 +14,7 @@ from tasks.samples import shards_of
 from tasks.stage import Runtime, stage
 
 
-@stage("subset", room=of_subset)
+@stage("subset", version="2", room=of_subset)
 def draw_subset(
     making: Making,
     runtime: Runtime,

@@ -9,7 +9,7 @@ from p2d_core.samples.schema import Sample, sample_id_of, to_table
 from p2d_core.selection.spec import SelectionSpec
 from p2d_core.selection.subset import select_subset
 
-GATES = ("domain", "consistency")
+GATES = ("domain", "consistency", "shift")
 
 
 class Corpus:
@@ -18,12 +18,13 @@ class Corpus:
     def __init__(
         self, folder: Path, affinities: list[float], gates_passed: list[int] | None = None,
         gates: int = 0, lengths: list[int] | None = None, untried: tuple[int, ...] = (),
+        untried_at: int = 1, sources: str = "ab",
     ) -> None:  # fmt: skip
-        """``untried``: rows that the last gate was not tried on."""
+        """``untried``: rows that a gate, ``untried_at``, was not tried on."""
         n = len(affinities)
         self.folder = folder
         self.samples = [
-            Sample(sample_id_of(f"p{i}", "r"), "a" if i < n / 2 else "b", f"p{i}", "r", i)
+            Sample(sample_id_of(f"p{i}", "r"), sources[0 if i < n / 2 else -1], f"p{i}", "r", i)
             for i in range(n)
         ]
         pq.write_table(to_table(self.samples), folder / "corpus.parquet")
@@ -39,7 +40,7 @@ class Corpus:
         ).replace_schema_metadata({"gates": str(gates)})
         for number, gate in enumerate(GATES[:gates]):
             reached = [passed >= number for passed in gates_passed or [0] * n]
-            if number == gates - 1:
+            if number == untried_at:
                 reached = [yes and row not in untried for row, yes in enumerate(reached)]
             margins = [m if yes else None for m, yes in zip(affinities, reached, strict=True)]
             scores = scores.append_column(gate, pa.array(margins, pa.float64()))

@@ -138,9 +138,10 @@ def variants(study: Study, world: World, validation: Path) -> list[Trained]:
     data = read_data(shared)
     heads = find_heads(shared, data.target)
     scores = score_corpus(shared, data, heads, shared.inputs.scorer)
-    world.runs[SUBSET] = (shared, data, choose(shared, data, scores))
+    subset = choose(shared, data, scores)
+    world.runs[SUBSET] = (shared, data, subset)
     world.runs[EVERYTHING] = (shared, data, data.corpus)
-    world.runs[BY_CHANCE] = (shared, data, choose_at_random(shared, data, scores))
+    world.runs[BY_CHANCE] = (shared, data, choose_at_random(shared, data, scores, subset))
     world.runs[PROXY] = (shared, data, data.target)
     evaluation = {"source": {"path": str(validation)}, "retention": None}
     watched = read_data(world.run_of({"evaluation": evaluation}))

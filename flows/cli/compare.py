@@ -157,6 +157,7 @@ def _as_json(made: ArtifactRef) -> str:
     from dataclasses import asdict
 
     from p2d_core.comparison.arms import read
+    from p2d_core.comparison.statistics import plain
     from p2d_core.comparison.verdict import answers, arm_lines
 
     runs, metric, higher_is_better = read(made.path)
@@ -169,10 +170,11 @@ def _as_json(made: ArtifactRef) -> str:
                 "metric": metric,
                 "higher_is_better": higher_is_better,
                 "comparison": str(made.path),
-                "arms": lines,
-                "verdict": said,
+                "arms": plain(lines),
+                "verdict": plain(said),
             },
             indent=2,
+            allow_nan=False,
         )
         + "\n"
     )

@@ -108,6 +108,11 @@ def _print_json(rows: pa.RecordBatchReader) -> None:
     import json
 
     names = rows.schema.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"two columns are called {twice[0]!r}, of which JSON could show one alone. Name one of "
+            f"them anew in the query, such as `b.{twice[0]} AS other`."
+        )
     for batch in rows:
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             values = (None if _is_no_number(value) else value for value in row)

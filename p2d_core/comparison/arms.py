@@ -32,6 +32,8 @@ class Plugins:
     adaptation: str
     scores_by_heads: bool
     """Does the scorer look at the task heads, or through them?"""
+    head_fraction: float | None = None
+    """Of all heads that the ranker takes; None where none are looked at, and in earlier tables."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

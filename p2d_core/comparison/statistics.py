@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,15 @@ class Interval:
     def shows(self) -> int:
         """1 if all of it is above 0, -1 if all is below, else 0."""
         return (self.low > 0) - (self.high < 0)
+
+
+def plain(value: Any) -> Any:
+    """For JSON, which has no NaN: null where one value alone leaves no interval."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

@@ -153,8 +153,12 @@ def front(lines: Sequence[ArmLine]) -> str:
 def _like(
     by_arm: Iterable[Arm], arm: Arm, *, scorer: str | None = None, ranker: str | None = None
 ) -> Arm | None:
-    """The arm with that scorer or ranker and all else equal, or, of one that looks at no head, the
-    one without a ranker."""
+    """The arm with that scorer or ranker and all else equal, the share of heads too; or, of one
+    that looks at no head, the one without a ranker."""
+
+    def is_control(other: Arm) -> bool:
+        of = other.of
+        return (of.ranker, of.head_fraction) == (ranker, arm.of.head_fraction)
 
     def alike(other: Arm, of_ranker: bool) -> bool:
         return (
@@ -165,7 +169,7 @@ def _like(
 
     known = list(by_arm)
     for other in known:
-        if alike(other, other.of.ranker == ranker if ranker else other.ranker == arm.ranker):
+        if alike(other, is_control(other) if ranker else other.ranker == arm.ranker):
             return other
     return next((other for other in known if alike(other, other.ranker == NONE)), None)
 

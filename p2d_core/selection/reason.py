@@ -89,7 +89,11 @@ def reasons(
             part: _Pool(size, places, lowest)
             for part, size, places, lowest in connection.execute(POOLS).fetchall()
         }
-        measured = f'scores."{gates[-1]}" IS NOT NULL' if gates else "true"
+        # the number of a gate is null of those that it was not tried on
+        reached = [f'WHEN {i} THEN scores."{gate}" IS NOT NULL' for i, gate in enumerate(gates)]
+        measured = (
+            f"CASE scores.gates_passed {' '.join(reached)} ELSE true END" if gates else "true"
+        )
         rows = connection.execute(ASKED.format(measured=measured), asked).fetchall()
         # the condition that may be in it was checked just now; what is asked for is bound
         met = connection.execute(
@@ -104,7 +108,7 @@ def reasons(
             affinity=affinity,
             stopped_at=gates[gates_passed] if gates_passed < len(gates) else None,
             is_candidate=sample_id in candidates,
-            is_tried=gates_passed < len(gates) - 1 or measured,
+            is_tried=measured,
             in_pool=in_pool is not None,
             pool=pools.get(part, _Pool()),
             rivals=f" of {source}" if source in quotas else "",
@@ -141,7 +145,7 @@ def _chosen(place: _Place, spec: SelectionSpec, gates: Sequence[str], how: str) 
         )
     if spec.at_random:
         return "at random", "The subset was drawn at random; no affinity had a say."
-    if not place.in_pool:
+    if how == "filled" or not place.in_pool:
         return "filled", "Taken by affinity in place of replay: other sources had too few samples."
     if place.stopped_at is not None:
         return "relaxed", (

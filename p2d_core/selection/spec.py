@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from p2d_core.errors import SettingsError
 
@@ -20,8 +21,8 @@ class SelectionSpec:
     replay: float = 0.0
     """Share of the subset, in [0, 1), drawn at random from the corpus' other sources."""
     quotas: tuple[tuple[str, float], ...] = ()
-    """(source, share of the subset) of sources that get no more and no less; the others get the
-    rest by affinity. Replay is apart."""
+    """(source, share of what is chosen by affinity) of sources that get no more and no less of it;
+    the others get the rest. Replay comes beside it, from any source."""
     seed: int = 0
     where: str | None = None
     """SQL condition over the scores' columns, see `where.checked_condition`; only samples that meet
@@ -29,10 +30,17 @@ class SelectionSpec:
     the whole corpus is drawn from all the same."""
     at_random: bool = False
     """Draw from the whole corpus; no affinity, no quota: what a selection has to beat."""
+    rows: int | None = None
+    """Samples that are chosen; None: the ``fraction``."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As it stands in keys."""
+        return {k: v for k, v in asdict(self).items() if k != "rows" or v is not None}
 
     def budget(self, n_corpus: int) -> int:
         """How many samples of a corpus are chosen, replay among them."""
-        return max(1, round(self.fraction * n_corpus))
+        return self.rows or max(1, round(self.fraction * n_corpus))
 
     def wanted(self, n_corpus: int) -> int:
         """How many of these by affinity."""

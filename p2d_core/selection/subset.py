@@ -79,10 +79,18 @@ LIMIT $wanted
 
 FILL = """
 INSERT INTO chosen
-SELECT sample_id, source, affinity, 'affinity' FROM {candidates}
+SELECT sample_id, source, affinity, 'filled' FROM {candidates}
 WHERE sample_id NOT IN (SELECT sample_id FROM chosen)
 ORDER BY gates_passed DESC, affinity DESC, sample_id
 LIMIT $missing
+"""
+
+CUT_OFF = "SELECT min(affinity) FROM chosen WHERE chosen_by <> 'replay'"
+
+RELAXED = """
+SELECT count(*) FROM read_parquet($scores) AS scores
+SEMI JOIN (FROM chosen WHERE chosen_by = 'filled') AS filled USING (sample_id)
+WHERE gates_passed < $gates
 """
 
 RESULT = """
@@ -152,12 +160,21 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
     budget = spec.budget(total)
     candidates, by_source = CORPUS, whole
     if spec.where is not None:
-        by_source = _counted(run, scores, _meeting(scores, spec.where))
+        try:
+            by_source = _counted(run, scores, _meeting(scores, spec.where))
+        except (duckdb.OutOfRangeException, duckdb.ConversionException) as error:
+            raise InputError(
+                f"selection.where: {spec.where} cannot be computed of every sample "
+                f"({str(error).splitlines()[0]}). Mend it."
+            ) from error
         budget = _within(by_source, budget, total, spec.where, notes)
         if spec.at_random:
             by_source = whole
         candidates = candidates_of(scores, spec)
     replay = spec.replayed(budget)
+    if replay and len(by_source) == 1:
+        notes.append(f"replay: {replay} samples were wanted, and there is no other source")
+        replay = 0
     wanted = budget - replay
     parts = parts_of(by_source, wanted, gates, spec, notes)
     fill_pool(run, scores, candidates, parts)
@@ -170,7 +187,6 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
         )
         run("CREATE TEMP TABLE bins AS SELECT * FROM given_bins")
         run(DRAW, seed=str(spec.seed), wanted=[part.wanted for part in parts])
-    cut_off = run.connection.execute("SELECT min(affinity) FROM chosen").fetchall()[0][0]
     replayed = 0
     if replay:
         chosen = _by_source(run.connection)
@@ -191,7 +207,12 @@ def choose(run: Script, scores: Path, proxy_lengths: Sequence[int], spec: Select
             )
             missing = replay - replayed
             run(FILL.format(candidates=candidates), scores=str(scores), missing=missing)
+            values = {"scores": str(scores), "gates": gates}
+            relaxed = run.connection.execute(RELAXED, values).fetchall()[0][0]
+            if relaxed:
+                notes.append(f"replay: {relaxed} of the rest did not pass every gate")
     chosen = _by_source(run.connection)
+    cut_off = run.connection.execute(CUT_OFF).fetchall()[0][0]
     return Subset(
         rows=sum(chosen.values()),
         replayed=replayed,

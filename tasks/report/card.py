@@ -69,6 +69,20 @@ class Card:
     has_picture: bool
 
     @property
+    def is_p2d(self) -> bool:
+        """Whether it is the adapted model itself, not an arm that it was compared with."""
+        return self.arm in ("", "p2d")
+
+    @property
+    def trained(self) -> str:
+        """On what, and which parameters; of an arm."""
+        if self.summary is None:
+            return ""
+        return next(
+            (words for arm, _, words, *_ in _page(self.summary).arms if arm == self.arm), ""
+        )
+
+    @property
     def base_words(self) -> str:
         """The base, as a reader is told it."""
         return self.base_name or Path(self.base).name
@@ -90,7 +104,7 @@ def as_card(card: Card) -> str:
         f"This is {WHAT[card.exported.form]}. It was made by P2D {version('p2d')}, which finds the "
         "attention heads that a domain moves, and lets them choose the training data (arXiv "
         "2605.21558)."
-        if card.arm in ("", "p2d")
+        if card.is_p2d
         else f"This is {WHAT[card.exported.form]}. It is an arm that P2D {version('p2d')} was "
         f"compared with: {ARM_NAMES[card.arm]}.",
         "",
@@ -188,24 +202,33 @@ def _facts(card: Card) -> list[str]:
             "target": escaped(card.summary.target),
             "corpus": _corpus(card.summary),
             **_datasets(card.summary),
-            "data": escaped(page.data_text),
-            "task heads": escaped(page.heads_text),
-            "run": code(card.summary.run_id),
         }
+        # of another arm than P2D's neither the data nor, of full fine-tuning, the heads
+        if card.is_p2d:
+            rows["data"] = escaped(page.data_text)
+        else:
+            rows["trained"] = escaped(card.trained)
+        if card.arm != "full":
+            rows["task heads"] = escaped(page.heads_text)
+        rows["run"] = code(card.summary.run_id)
     return table(["", ""], rows.items(), gap="")
 
 
 def _of_run(card: Card, summary: Summary) -> list[str]:
     page, quality = _page(summary), summary.quality
-    lines = ["", "## Task heads", "", escaped(page.heads_text)]
-    if summary.heads is not None:
-        ids = [f"layer {layer} head {head}" for layer, head in sorted(summary.heads.ids)]
-        lines[-1:] = [lines[-1] + ":", "", ", ".join(ids)]
-    if card.has_picture:
-        lines += ["", f"![every query head with its rank]({PICTURE})"]
-    columns = ["source", ">chosen", ">in the corpus", ">share"]
-    sources = ([escaped(cell) for cell in row] for row in page.sources)
-    lines += ["", "## Data", *table(columns, sources, gap="")]
+    lines: list[str] = []
+    if card.arm != "full":
+        lines += ["", "## Task heads", "", escaped(page.heads_text)]
+        if summary.heads is not None:
+            ids = [f"layer {layer} head {head}" for layer, head in sorted(summary.heads.ids)]
+            lines[-1:] = [lines[-1] + ":", "", ", ".join(ids)]
+        if card.has_picture:
+            lines += ["", f"![every query head with its rank]({PICTURE})"]
+    if card.is_p2d:
+        columns = ["source", ">chosen", ">in the corpus", ">share"]
+        sources = ([escaped(cell) for cell in row] for row in page.sources)
+        lines += ["", "## Data", *table(columns, sources, gap="")]
+    lines += [""]
     better = "higher" if quality.higher_is_better else "lower"
     columns = ["", "trained", f">{escaped(page.metric)} ({better} is better)", ">retention"]
     columns.append(">loss (nats a response token)")

@@ -143,3 +143,6 @@ def test_sql_that_is_wrong_or_writes_is_refused(p2d, refs):
     code, _, err = p2d("sql", "COPY scores TO 'x.csv'")
     assert (code, "this is COPY" in err) == (2, True)
     assert p2d("sql", "SELECT 1", "--csv", "--json")[0] == 2
+    code, _, err = p2d("sql", "SELECT 1 AS a, 2 AS a", "--json")
+    assert code == 2
+    assert "two columns are called 'a', of which JSON could show one alone" in err

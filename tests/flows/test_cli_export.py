@@ -235,6 +235,9 @@ def test_the_model_of_another_arm_says_which_it_is(job, exported, tmp_path):
     body = (tmp_path / "out/README.md").read_text()
     assert "compared with: random subset." in body
     assert "| **random subset** |" in body
+    # nor are P2D's data said to be its own
+    assert "| trained | same heads, 10.0% of the corpus |" in body
+    assert "## Data" not in body
     found = load_file(tmp_path / "out/model.safetensors")
     for name, weight in weights_of(job, "model_random").items():
         assert torch.equal(found[name], weight)

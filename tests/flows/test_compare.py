@@ -1,6 +1,10 @@
 """`p2d compare` on a small job: shared stages, failed arms, the tables."""
 
+import json
+import os
+import time
 from collections import Counter
+from dataclasses import asdict
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,16 +13,19 @@ from mlflow import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.filters import FlowFilter, TaskRunFilter
 
-from flows.cli.compare import refuse_if_all_failed, show
+from flows.cli.compare import _as_json, refuse_if_all_failed, show
 from flows.compare import attempt, checked_arms, grid_of, run_compare
 from flows.inputs import check_inputs
 from flows.settings import RunSettings, load_settings, parse_settings
 from p2d_core.comparison.arms import BASE, EVERYTHING, NONE, Arm, ArmRun, read
 from p2d_core.comparison.picture import PICTURE
+from p2d_core.comparison.statistics import plain
+from p2d_core.comparison.verdict import arm_lines
 from p2d_core.errors import InputError, P2DError, SettingsError
 from p2d_core.heads.head_map import HEADS, read_head_map
 from p2d_core.selection.subset import SUBSET
 from p2d_core.store import Store
+from p2d_core.store.manifest import MANIFEST
 from p2d_core.store.query import open_reader
 from tasks.tracking.database import mlflow_uri
 from tests.job import Job
@@ -65,6 +72,7 @@ def test_a_ranker_may_have_a_share_of_the_heads_of_its_own(compared):
     arms = grid_of(settings.model_copy(update={"compare": compare})).arms
     shares = {arm.ranker: its.heads.fraction for arm, its in arms.items() if arm.ranker != NONE}
     assert shares == {"frobenius": settings.heads.fraction, "wide": 0.5}
+    assert {arm.ranker: arm.of.head_fraction for arm in arms} == shares | {NONE: None}
 
 
 def test_what_the_run_would_take_has_the_options_of_the_run(compared):
@@ -136,6 +144,20 @@ def test_every_share_of_the_corpus_is_an_arm(compared):
         (0.05, 0.05), (0.2, 0.2),
     }  # fmt: skip
     assert len(arms) == 2 * len(grid_of(settings).arms)
+
+
+def test_without_shares_of_its_own_a_comparison_has_that_of_the_run(compared):
+    job, file, _ = compared
+    settings = parse_settings(job.values | {"selection": {"fraction": 0.3}}, file)
+    assert {arm.fraction for arm in grid_of(settings).arms} == {0.3}
+
+
+@pytest.mark.parametrize("label", ["base", "everything", "-"])
+def test_no_arm_may_be_called_what_another_is(compared, label):
+    job, file, _ = compared
+    values = job.values | {"compare": {"scorers": [{"name": "tfidf", "label": label}]}}
+    with pytest.raises(SettingsError, match=f"one of them is called '{label}', which is another"):
+        parse_settings(values, file)
 
 
 def test_every_arm_and_seed_is_a_task_of_prefect(compared):
@@ -273,6 +295,28 @@ def test_a_second_run_computes_nothing(compared):
     again = run_compare(load_settings(file), store=job.store)
     assert again.key == made.key
     assert {ref.key for ref in Store(job.store).refs()} == before
+
+
+def test_garbage_collection_keeps_all_that_the_newest_comparison_found(compared):
+    """Not what it made alone: it may have found most of it, and is then as new as its last run."""
+    job, file, made = compared
+    store = Store(job.store)
+    named = {key for run in read(made.path)[0] for key in run.artifacts.values()}
+    needed = {ref.key for key in named for ref in store.lineage(store.resolve(key))}
+    assert {ref.stage for ref in store.refs() if ref.key not in needed} == {"comparison"}
+    manifest = made.path / MANIFEST
+    os.utime(manifest, (0, 0))
+    run_compare(load_settings(file), store=job.store)
+    assert time.time() - manifest.stat().st_mtime < 60
+
+
+def test_the_summary_is_json_that_any_parser_reads(compared):
+    """Of one seed there is no interval."""
+    _, _, made = compared
+    runs, metric, higher_is_better = read(made.path)
+    assert json.loads(_as_json(made), parse_constant=pytest.fail)["metric"] == metric
+    (line, *_) = arm_lines([run for run in runs if run.seed == 0], higher_is_better)
+    assert plain(asdict(line))["quality"]["low"] is None
 
 
 def test_sql_reads_the_rows(compared):

@@ -16,6 +16,7 @@ from p2d_core.heads.head_map import HEADS, HeadMap, read_head_map
 from p2d_core.store import ArtifactRef, Making, Recipe, Store
 from p2d_core.store.in_use import InUse, head_map_in_use, put_in_use
 from p2d_core.synthetic.world import write_world
+from tasks.heads import head_map_in
 from tests.flows.test_cli_heads import p2d, write_settings
 
 __all__ = ["p2d"]
@@ -124,6 +125,17 @@ def test_a_map_of_another_ranker_gives_way_without_a_word_of_drift(folder):
     assert ref.manifest.facts["ranker"] == "taylor"
 
 
+def test_a_map_of_fewer_heads_gives_way_without_a_word_of_drift(folder):
+    """Of 4 and 13 heads no more than 4 can be the same, however well the rankings agree."""
+    store = folder / "artifacts"
+    settings = load_settings(folder / "taylor.yaml")
+    wide = settings.heads.model_copy(update={"fraction": 0.4})
+    done = run_refresh(settings.model_copy(update={"heads": wide}), store=store)
+    assert (done.drift, done.number) == (None, 10)
+    assert done.ranker_before.endswith(", 10% of the heads")
+    assert len(head_map_in(Store(store).find("heads", done.in_use)).task_heads) == 13
+
+
 def test_mlflow_has_the_series_over_time(store, first):
     from mlflow import MlflowClient
 
@@ -132,13 +144,13 @@ def test_mlflow_has_the_series_over_time(store, first):
     (run,) = client.search_runs([experiment], "tags.`p2d.drift` != ''")
     assert run.info.run_name == "head map drift: target"
     history = client.get_metric_history(run.info.run_id, "drift/spearman")
-    assert [point.step for point in history] == [2, 3, 8]  # the ninth found no drift to tell of
+    assert [point.step for point in history] == [2, 3, 8]  # the last two have none to tell of
     assert all(-1 <= point.value <= 1 for point in history)
     replaced = client.get_metric_history(run.info.run_id, "drift/replaced")
     assert [(point.step, point.value) for point in replaced] == [
-        (1, 0), (2, 0), (3, 0), (8, 1), (9, 0),
+        (1, 0), (2, 0), (3, 0), (8, 1), (9, 0), (10, 0),
     ]  # fmt: skip
-    assert "was ranked by frobenius" in run.data.tags["mlflow.note.content"]
+    assert "was ranked by taylor" in run.data.tags["mlflow.note.content"]
 
 
 def test_a_target_without_samples_to_draw_anew_is_refused_before_anything_starts(tmp_path):

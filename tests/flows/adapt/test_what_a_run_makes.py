@@ -81,6 +81,15 @@ def test_every_arm_is_trained_on_the_proxy_samples_too_unless_told_not_to(job):
     assert without.selection.selected == told.selection.selected == 120
 
 
+def test_the_random_subset_is_as_large_as_one_whose_quotas_leave_places_open(job):
+    quotas = {"ledgers": 0.1, "drills": 0.2}
+    done = job.run(selection={"quotas": quotas}, arms={"random": True, "full": "calibrated"})
+    assert done.selection.selected == 12 + 24
+    random = Store(job.store).resolve(done.artifacts["model_random"]).manifest
+    assert random.cost["samples"] == 36 + 20
+    assert done.quality.random is not None
+
+
 def test_full_fine_tuning_is_reckoned_with_the_proxy_samples_too(job):
     def n_more(summary):
         return Store(job.store).resolve(summary.artifacts["reference"]).manifest.settings["n_more"]

@@ -107,6 +107,20 @@ def test_heads_of_a_scorer_that_looks_at_none_are_asked_about_for_tuning_alone()
     assert answer.question == "Do frobenius heads beat random heads for tuning?"
 
 
+def test_random_heads_are_as_many_as_those_that_they_are_held_against():
+    def arm(ranker: str, name: str, share: float) -> Arm:
+        plugins = Plugins("random", name, "heads", False, head_fraction=share)
+        return Arm("random", ranker, "heads", 0.1, plugins)
+
+    few, many = arm("f10", "frobenius", 0.1), arm("f40", "frobenius", 0.4)
+    few_random, many_random = arm("r10", "random", 0.1), arm("r40", "random", 0.4)
+    world = [*runs(few_random, 0.2), *runs(few, 0.3), *runs(many, 0.5), *runs(many_random, 0.5)]
+    found = {a.a.ranker: (a.b.ranker, a.gain.shows) for a in answers(world, True)}
+    assert found == {"f10": ("r10", 1), "f40": ("r40", 0)}
+    alone = [run for run in world if run.arm != many_random]
+    assert {a.a.ranker for a in answers(alone, True)} == {"f10"}
+
+
 def test_one_seed_is_said_to_be_one():
     one = answers([*runs(P2D, 0.9, seeds=1), *runs(RANDOM_DATA, 0.2, seeds=1)], True)[0]
     assert one.words.startswith("yes (+0.700, +0.700 to +0.700, one seed; ")

@@ -51,7 +51,7 @@ def test_from_a_larger_pool_some_are_drawn_and_others_not(tmp_path):
 
 def test_a_gate_that_stops_is_named_and_what_passed_all_is_drawn_from(tmp_path):
     passed = [2] * 6 + [1] * 2 + [0] * 2
-    why = all_reasons(Corpus(tmp_path, [1.0] * 10, passed, gates=2), GATES, fraction=0.3)
+    why = all_reasons(Corpus(tmp_path, [1.0] * 10, passed, gates=2), GATES[:2], fraction=0.3)
     assert (why[6].why, why[6].stopped_at) == ("stopped", "consistency")
     assert why[6].words == "Stopped at consistency, gate 2 of 2."
     assert (why[9].stopped_at, why[9].words) == ("domain", "Stopped at domain, gate 1 of 2.")
@@ -63,7 +63,7 @@ def test_a_gate_that_stops_is_named_and_what_passed_all_is_drawn_from(tmp_path):
 def test_what_the_last_gate_was_not_tried_on_is_told_from_what_it_stopped(tmp_path):
     passed = [2] * 4 + [1] * 4 + [0] * 2
     corpus = Corpus(tmp_path, [1.0] * 10, passed, gates=2, untried=(6, 7))
-    why = all_reasons(corpus, GATES, fraction=0.3)
+    why = all_reasons(corpus, GATES[:2], fraction=0.3)
     assert [why[row].why for row in range(4, 10)] == [
         *("stopped", "stopped", "not tried", "not tried", "stopped", "stopped")
     ]
@@ -73,10 +73,32 @@ def test_what_the_last_gate_was_not_tried_on_is_told_from_what_it_stopped(tmp_pa
     )
 
 
+def test_of_three_gates_the_middle_one_may_be_untried_too(tmp_path):
+    passed = [3] * 4 + [2] * 2 + [1] * 4
+    corpus = Corpus(tmp_path, [1.0] * 10, passed, gates=3, untried=(8, 9))
+    why = all_reasons(corpus, GATES, fraction=0.3)
+    assert [why[row].why for row in range(4, 10)] == ["stopped"] * 4 + ["not tried"] * 2
+    assert why[5].words == "Stopped at shift, gate 3 of 3."
+    assert why[8].words.startswith("Not tried at consistency: ")
+
+
+def test_what_fills_up_from_the_pool_is_not_said_to_be_drawn(tmp_path):
+    """Of source b too few are left; all of the pool passed its one gate, for fewer places."""
+    corpus = Corpus(tmp_path, [float(i) for i in range(20)], [1] * 17 + [0] * 3, 1)
+    why = all_reasons(corpus, GATES[:1], fraction=1.0, replay=0.9)
+    (places,) = {
+        int(each.words.split("for ")[1].split(" ")[0])
+        for each in why.values()
+        if each.why == "drawn"
+    }
+    assert places == [each.why for each in why.values()].count("drawn") == 2
+    assert {why[row].why for row in range(17)} == {"drawn", "filled"}
+
+
 def test_a_relaxed_gate_is_told_apart_from_one_that_was_passed(tmp_path):
     passed = [2, 2, 1, 1, 1, 0, 0, 0, 0, 0]
     margins = [1.0, 1.0, -0.9, -0.1, -0.5, -0.01, -1, -2, -3, -4]
-    why = all_reasons(Corpus(tmp_path, margins, passed, gates=2), GATES, fraction=0.4)
+    why = all_reasons(Corpus(tmp_path, margins, passed, gates=2), GATES[:2], fraction=0.4)
     assert [why[row].why for row in range(6)] == [
         *("drawn", "drawn", "stopped", "relaxed", "relaxed", "stopped")
     ]

@@ -108,6 +108,26 @@ def test_replay_that_finds_no_other_source_says_so(tmp_path):
     ]
 
 
+def test_a_corpus_of_one_source_has_nothing_to_replay(tmp_path):
+    """All is drawn by affinity then, and the lowest that was is the cut-off."""
+    corpus = Corpus(tmp_path, [float(i) for i in range(100)], sources="a")
+    chosen = corpus.choose(fraction=0.2, replay=0.2)
+    assert chosen == dict.fromkeys(range(80, 100), "affinity")
+    assert corpus.chosen.cut_off == 80
+    assert corpus.chosen.notes == ["replay: 4 samples were wanted, and there is no other source"]
+
+
+def test_what_fills_up_replay_counts_for_the_cut_off_and_says_if_gates_were_relaxed(tmp_path):
+    affinities = [10.0, 9.0, 8.0, 1.0, 0.5, 7.0, 2.0, 2.0, 2.0, 2.0]
+    corpus = Corpus(tmp_path, affinities)
+    chosen = corpus.choose(fraction=1.0, replay=0.6)
+    assert [row for row, by in sorted(chosen.items()) if by == "filled"] == [3, 4]
+    assert corpus.chosen.cut_off == 0.5
+    corpus = Corpus(tmp_path, affinities, [1, 1, 1, 0, 1, 1, 0, 0, 0, 0], gates=1)
+    corpus.choose(fraction=1.0, replay=0.6)
+    assert corpus.chosen.notes[-1] == "replay: 1 of the rest did not pass every gate"
+
+
 def test_a_quota_is_what_a_source_gets_and_the_best_of_it(tmp_path):
     affinities = [float(i) for i in range(100)]  # source b has all the high ones
     corpus = Corpus(tmp_path, affinities)
@@ -296,6 +316,16 @@ def test_a_condition_that_nothing_meets_is_refused(tmp_path):
     corpus = Corpus(tmp_path, [1.0, 2.0])
     with pytest.raises(InputError, match=r"none of the 2 samples of the corpus meets"):
         corpus.choose(fraction=0.5, where="affinity > 5")
+
+
+def test_a_condition_that_cannot_be_computed_is_refused_with_its_words(tmp_path):
+    corpus = Corpus(tmp_path, [1.0, 2.0])
+    where = " * ".join(["n_tokens"] * 10) + " > 1"
+    with pytest.raises(InputError, match=r"selection.where: .* cannot be computed of every sample"):
+        corpus.choose(fraction=0.5, where=where)
+    # of a negative affinity it is NaN, which is above 0 in DuckDB
+    with pytest.raises(SettingsError, match="the function ln is not allowed here"):
+        corpus.choose(fraction=0.5, where="ln(affinity) > 0")
 
 
 def test_a_condition_is_checked_here_too(tmp_path):
