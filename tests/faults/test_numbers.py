@@ -267,11 +267,11 @@ def test_every_scorer_has_a_number_for_a_corpus_of_one(name, model, heads, tmp_p
     assert math.isfinite(got)
 
 
-def test_words_that_no_proxy_has_and_no_words_at_all_have_affinity_0(model, heads, tmp_path):
+def test_words_that_no_proxy_has_and_no_words_at_all_have_affinity_0(heads, tmp_path):
     """`w38` is in no proxy sample; `. .` has no words, and its vector no length."""
-    tiny_bpe().save_pretrained(model.folder)
+    tiny_bpe().save_pretrained(tmp_path / "tokenizer")
     strange = [sample("zzz", "yyy"), sample(". .", "!")]
-    without_weights = CapturedModel(model.folder)
+    without_weights = CapturedModel(tmp_path / "tokenizer")
     got = affinities(scorers.make("tfidf", {}), without_weights, heads, strange, tmp_path)
     assert got.tolist() == [0.0, 0.0]
 
