@@ -95,8 +95,15 @@ def on_all_workers(task: Task[..., T]) -> Iterator[Callable[..., PrefectFutureLi
     if (workers := elsewhere.workers()) is None:
         yield task.map
         return
-    with ThreadPoolTaskRunner(max_workers=workers.size) as threads, stopped_on_error(workers):
-        yield lambda **inputs: threads.map(task, inputs)
+    with ThreadPoolTaskRunner(max_workers=workers.size) as threads:
+        try:
+            yield lambda **inputs: threads.map(task, inputs)
+        except Exception:
+            # other arms of a comparison go on with the same workers; what is at work here ends
+            raise
+        except BaseException:
+            workers.stop()
+            raise
 
 
 def all_at_once(works: Sequence[Callable[[], T]]) -> Iterator[T]:

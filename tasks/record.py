@@ -27,7 +27,14 @@ from tasks.report.prefect import tell_prefect
 from tasks.stage import is_transient
 from tasks.summary import Summary
 from tasks.tracking import comparison, drift, registry, run, views
-from tasks.tracking.database import address_of, prepare_tracking, quiet, server_of, shown_uri
+from tasks.tracking.database import (
+    address_of,
+    lock_of,
+    prepare_tracking,
+    quiet,
+    server_of,
+    shown_uri,
+)
 from tasks.tracking.registry import Gate
 
 if TYPE_CHECKING:
@@ -108,7 +115,7 @@ def record_run(
             run_id = run.start(client, where.experiment_id, page, settings, refs, tags or {})
             try:
                 summary.mlflow = recorded | {"run_id": run_id}
-                links = _write(client, where, run_id, page, refs, gate, folder)
+                links = _write(client, where, run_id, page, refs, gate, folder, store)
                 run.write_arms(client, where.experiment_id, page, refs, tags or {})
                 run.end(client, run_id)
             except BaseException:
@@ -197,6 +204,7 @@ def _write(
     refs: Mapping[str, ArtifactRef],
     gate: Gate | None,
     folder: Path,
+    store: Path,
 ) -> list[tuple[str, str]]:
     """What of a run follows its numbers: the adapter, its version, the files, the note.
 
@@ -207,7 +215,9 @@ def _write(
 
     summary = page.summary
     if "model" in refs and (refs["model"].path / "adapter").is_dir():
-        summary.registered = _log_adapter(client, experiment, run_id, page, refs, gate)
+        # a version is judged by the champion that there is, and there is one of each adapter
+        with lock_of(store, "registry"):
+            summary.registered = _log_adapter(client, experiment, run_id, page, refs, gate)
     (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
     (folder / REPORT).write_text(as_html(page), encoding="utf-8")
     client.log_artifacts(run_id, str(folder))

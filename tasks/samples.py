@@ -16,6 +16,7 @@ from p2d_core.samples.read import BadRow, read_samples
 from p2d_core.samples.rejected import REJECTED, RejectedRows, too_many
 from p2d_core.samples.schema import Sample, to_table
 from p2d_core.samples.shards import read_shard, write_shards
+from p2d_core.samples.source import content_hash
 from p2d_core.samples.split import (
     CorpusCounts,
     TargetSplit,
@@ -38,6 +39,11 @@ def read_source(making: Making, runtime: Runtime, source: SourceInput) -> None:
     with progress_of(f"reading {source.spec.name} (rows)") as progress:
         samples = read_samples(source.spec, on_bad_row=rejected, progress=progress)
         shards = write_shards(_counted_chats(samples, making), making.folder)
+    if not source.spec.is_on_hub and content_hash(source.spec) != source.sha256:
+        raise DataError(
+            f"source {source.spec.name!r}: {source.spec.path} changed after it was checked. Start "
+            "the run again once it is as it should be."
+        )
     rejected.write(making.folder)
     making.samples = sum(shard.rows for shard in shards)
     making.facts["source"] = source.spec.name

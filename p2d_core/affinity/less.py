@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from p2d_core.aer import in_turn
 from p2d_core.affinity.gradients import Sketch, few_at_once, output_gradients
 from p2d_core.affinity.measuring import only
 from p2d_core.affinity.protocol import Scorer, ScorerState, Target, scorers
@@ -75,7 +76,7 @@ class Less(Scorer):
         ``proxy`` are the proxy samples' gradients, projected, [n_proxy, dimensions].
         """
         asked = (self, model.text, tuple(target.proxy))
-        with _preparing:
+        with in_turn(_preparing):
             # every shard asks for the same
             known = _prepared.get(model.model)
             if known is None or known[0] != asked:

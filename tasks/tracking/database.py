@@ -45,16 +45,23 @@ def prepare_tracking(store: Path) -> None:
     """
     folder = store.resolve() / "mlflow"
     database = folder / "mlflow.db"
-    locks = store.resolve() / ".locks"
-    for needed in (folder, locks):
-        needed.mkdir(parents=True, exist_ok=True)
-    with (locks / "mlflow").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_of(store, "mlflow"):
         # whoever drew these up held the lock, and was killed
         for file in folder.glob(".mlflow-*"):
             file.unlink()
         if not database.exists():
             _make_database(database)
+
+
+@contextmanager
+def lock_of(store: Path, name: str) -> Iterator[None]:
+    """One process at a time, of those that work in this store."""
+    locks = store.resolve() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _make_database(database: Path) -> None:

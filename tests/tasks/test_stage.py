@@ -11,9 +11,10 @@ import pytest
 import torch
 from prefect import flow
 
-from p2d_core.errors import DeviceMemoryError, P2DError, TransientError
+from p2d_core.errors import DataError, DeviceMemoryError, P2DError, TransientError
 from p2d_core.samples.source import SourceSpec
 from p2d_core.store import Store
+from tasks.samples import read_source
 from tasks.stage import BaseModel, Plugin, Runtime, ShardRef, SourceInput, stage
 
 CALLS: list[str] = []
@@ -73,6 +74,20 @@ def test_what_cannot_change_a_result_is_not_in_the_key(runtime):
 def test_what_can_change_it_is(runtime, change):
     before = note(runtime, made_from=ShardRef("f", 0, "sha"))
     assert note(runtime, **{"made_from": ShardRef("f", 0, "sha")} | change).key != before.key
+
+
+def test_a_file_that_changes_between_the_look_at_it_and_its_stage_is_not_kept(runtime, tmp_path):
+    """Under the key of what it was it would be taken for that in every later run."""
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "p", "response": "r"}\n')
+    looked_at = SourceInput.of(SourceSpec("s", str(file)))
+    whole = file.read_text()
+    file.write_text(whole * 2)
+    with pytest.raises(DataError, match=r"source 's': .*data.jsonl changed after it was checked"):
+        read_source.fn(runtime, looked_at)
+    assert list(Store(Path(runtime.store)).refs()) == []
+    file.write_text(whole)
+    assert read_source.fn(runtime, looked_at).manifest.cost["samples"] == 1
 
 
 def test_a_shard_counts_by_its_samples_and_not_by_its_place(runtime):

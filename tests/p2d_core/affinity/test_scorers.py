@@ -1,5 +1,6 @@
 """What each scorer's numbers mean, and that they depend on nothing else."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -9,7 +10,8 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from p2d_core.affinity import Scorer, Target, scorers, steps_of
+from p2d_core.aer import Cost, measured
+from p2d_core.affinity import Scorer, Target, less, scorers, steps_of
 from p2d_core.affinity.head_activation import HeadActivation
 from p2d_core.affinity.measuring import measure_shard
 from p2d_core.attention.capture import capture_head_outputs
@@ -87,6 +89,27 @@ def test_a_measurement_takes_no_more_than_is_looked_for_on_the_disk(name, model,
     assert taken <= said
     if name in ("less", "head-gradient", "rds-plus"):
         assert said <= 1.5 * taken
+
+
+def test_who_waits_for_another_shards_warm_up_does_not_pay_for_it(model, heads):
+    held, free = threading.Event(), threading.Event()
+
+    def warm_up():
+        with less._preparing:
+            held.set()
+            free.wait(10)
+
+    def wait() -> Cost:
+        held.wait(10)
+        threading.Timer(1.0, free.set).start()
+        with measured() as watch:
+            scorers.make("less", {"epochs": 1}).prepare(model, None, Target(TARGET.proxy[:2], ()))
+        return watch.cost
+
+    scorers.make("less", {"epochs": 1}).prepare(model, None, Target(TARGET.proxy[:2], ()))
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(warm_up)
+        assert threads.submit(wait).result().wall_seconds < 0.5
 
 
 def test_head_activation_equals_whitening_by_hand(model, heads):

@@ -1,5 +1,6 @@
 """The same adapter is registered once; champion moves only to what is better and comparable."""
 
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mlflow import MlflowClient
 from p2d_core.store import ArtifactRef, Store
 from tasks.record import record, record_run
 from tasks.summary import Summary
+from tasks.tracking import registry
 from tasks.tracking.database import mlflow_uri, prepare_tracking
 from tasks.tracking.registry import (
     LONGEST_DESCRIPTION,
@@ -165,6 +167,25 @@ def test_its_files_are_the_adapter_alone(runs):
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
     assert version.source == logged.artifact_location
+
+
+def test_versions_are_judged_one_after_the_other(tmp_path, monkeypatch):
+    """Two runs at once would both find no champion, and one adapter would become two versions."""
+    runs, found = Runs(tmp_path), []
+    find = registry.find_version
+
+    def while_found(*given):
+        lock = (runs.store.root / ".locks/registry").open("w")
+        with lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.append(find(*given))
+        return found[-1]
+
+    monkeypatch.setattr(registry, "find_version", while_found)
+    runs.run(0.75, "one")
+    assert found == [None]
+    with (runs.store.root / ".locks/registry").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
 
 
 def test_a_champion_made_by_hand_stays_and_is_said_to_be_so(tmp_path):
