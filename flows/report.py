@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from flows.hub import base_name, hub_names
 from flows.ledger import Ledger
-from flows.settings import RunSettings
+from flows.settings import EvaluationSettings, RunSettings
 from p2d_core.aer import Reference
 from p2d_core.evaluation import metrics
 from p2d_core.evaluation.metric import ALWAYS
@@ -82,7 +82,7 @@ def make_summary(
             learning_rate=facts["learning_rate"],
             **_search(last["rate"]) if settings.training.learning_rate == "auto" else {},
         ),
-        quality=_quality(settings.evaluation.metric, evaluations),
+        quality=_quality(settings.evaluation, evaluations),
         harness=_harness(benchmarks),
         aer=AERSummary(
             cold=cold.ratio,
@@ -190,6 +190,7 @@ def _selection(
         scorer=settings.scoring.scorer,
         corpus=sum(facts["corpus_by_source"].values()),
         selected=facts["rows"],
+        replayed=facts["replayed"],
         by_source=facts["by_source"],
         corpus_by_source=facts["corpus_by_source"],
         by_label=labels_of(subset),
@@ -224,12 +225,18 @@ def label_in(extra: str) -> str | None:
     return label if isinstance(label, str) else None
 
 
-def _quality(metric: str, evaluations: Mapping[str, Mapping[str, ArtifactRef]]) -> QualitySummary:
+def _quality(
+    evaluation: EvaluationSettings, evaluations: Mapping[str, Mapping[str, ArtifactRef]]
+) -> QualitySummary:
+    metric = evaluation.metric
+
     def measured(arm: str, on: str = "target") -> dict[str, float]:
         return dict(evaluations[arm][on].manifest.facts["metrics"])
 
     by_arm = {arm: measured(arm)[metric] for arm in evaluations}
-    also = [name for name in measured("base") if name not in (metric, ALWAYS)]
+    # the loss is always measured, and stands beside the others where it was asked for
+    unasked = {metric} if ALWAYS in evaluation.also else {metric, ALWAYS}
+    also = [name for name in measured("base") if name not in unasked]
     return QualitySummary(
         metric=metric,
         higher_is_better=metrics.get(metric).higher_is_better,

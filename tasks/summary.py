@@ -104,6 +104,8 @@ class SelectionSummary(BaseModel):
     selected: int
     by_source: dict[str, int]
     corpus_by_source: dict[str, int]
+    replayed: int = 0
+    """Of the selected those that were drawn at random from other sources, against forgetting."""
     cut_off: float | None = None
     """Lowest affinity among the chosen, replay apart: the boundary."""
     by_label: dict[str, int] = {}
@@ -115,8 +117,9 @@ class SelectionSummary(BaseModel):
 
     @property
     def boundary_text(self) -> str:
-        """Such as ", down to affinity 0.25"; empty where it is not known."""
-        return "" if self.cut_off is None else f", down to affinity {self.cut_off:.6g}"
+        """Such as ", down to affinity 0.25, 12 of them replay"; empty where it is not known."""
+        replay = f", {self.replayed:,} of them replay" if self.replayed else ""
+        return "" if self.cut_off is None else f", down to affinity {self.cut_off:.6g}{replay}"
 
 
 class TrainableSummary(BaseModel):

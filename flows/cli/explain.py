@@ -71,7 +71,7 @@ def explain(
     were chosen. Why was another one left out? Look for its id, and give the
     beginning of it:
 
-    [bold]p2d sql "SELECT sample_id, affinity FROM scores ORDER BY 2 LIMIT 3"[/bold]
+    [bold]p2d sql "SELECT DISTINCT sample_id FROM scores WHERE gates_passed=0 LIMIT 3"[/bold]
 
     [bold]p2d explain 3fa9c21b[/bold]
     """

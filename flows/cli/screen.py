@@ -56,8 +56,15 @@ def _stages(summary: Summary, console: Console) -> None:
         rest = summary.seconds - sum(line.seconds for line in summary.stages)
         if rest > 0.05:
             table.add_row(Text("starting, looking up", "dim"), _seconds(rest), "", "")
-        table.add_row(Text("whole run", "bold"), Text(_seconds(summary.seconds), "bold"), "", "")
+        table.add_row(
+            Text("whole run", "bold"),
+            Text(_seconds(summary.seconds), "bold"),
+            "",
+            "",
+        )
     _section(console, "Stages", table)
+    if summary.seconds:
+        say(console, "Starting Prefect, and the record in MLflow, come on top.", style="dim")
     if planned:
         say(console, f"Planned: {summary.planned_text}.", style="dim")
 
@@ -231,8 +238,13 @@ def _next(summary: Summary, console: Console) -> None:
     commands |= {
         f"p2d explain 3{store}": "why the best three samples were chosen",
         f"p2d export {summary.run_id} --as {form} --to adapted{store}": "the model, to take away",
-        "p2d config -o my.yaml": "settings to fill in with your own files",
-        f"p2d adapt my.yaml{store}": "the same job on them",
+    }
+    if summary.name == "demo":
+        commands |= {
+            "p2d config -o my.yaml": "settings to fill in with your own files",
+            f"p2d adapt my.yaml{store}": "the same job on them",
+        }
+    commands |= {
         f"p2d artifacts ls{store}": "what was kept, and what from",
         f'p2d sql "{query}"{store}': "ask the data",
     }

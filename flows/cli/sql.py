@@ -36,7 +36,7 @@ def sql(
     comparison_samples (each with the artifact's key) and runs. [bold]p2d sql "SHOW TABLES"[/bold]
     and [bold]p2d sql "DESCRIBE scores"[/bold] say which are there and what is in them.
 
-    Example: [bold]p2d sql "SELECT source, avg(affinity) FROM scores GROUP BY source"[/bold]
+    Example: [bold]p2d sql "SELECT source, avg(affinity) FROM subset GROUP BY source"[/bold]
     """
     if csv and as_json:
         raise InputError("--csv and --json exclude each other. Give one of them.")

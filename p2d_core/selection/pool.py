@@ -95,9 +95,10 @@ def parts_of(
         else:
             pooled = min(size, round(spec.pool * due))
         if gates and passed < due and not spec.at_random:
+            meeting = " that meet selection.where" if spec.where is not None else ""
             notes.append(
-                f"{passed} samples passed every gate, {due} were wanted: the gates were relaxed, "
-                "the last one first, for the rest"
+                f"{passed} samples{meeting} passed every gate, {due} were wanted: the gates were "
+                "relaxed, the last one first, for the rest"
             )
         parts.append(Part(condition, values, due, pooled, dict(levels)))
 

@@ -111,7 +111,8 @@ def reasons(
             is_tried=measured,
             in_pool=in_pool is not None,
             pool=pools.get(part, _Pool()),
-            rivals=f" of {source}" if source in quotas else "",
+            rivals=(f" of {source}" if source in quotas else "")
+            + (" that meet selection.where" if spec.where is not None else ""),
         )
         how = chosen_by.get(sample_id)
         if how is None:

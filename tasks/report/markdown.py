@@ -146,7 +146,7 @@ def _samples(title: str, chosen: Sequence[Chosen], length: int) -> list[str]:
     rows = (
         (
             f"{one.affinity:.4g}",
-            escaped(one_line(one.source, 24)) + ("" if one.by_affinity else " (random)"),
+            escaped(one_line(one.source, 24)) + ("" if one.by_affinity else " (replay)"),
             escaped(one_line(one.text, length)),
         )
         for one in chosen

@@ -129,7 +129,9 @@ class Page:
     def gain_text(self) -> str:
         """Over the base, whatever direction is better."""
         better = gain(self.summary.quality, "base")
-        return f"better by {better:.3f}" if better >= 0 else f"worse by {-better:.3f}"
+        if not better:
+            return "no change"
+        return f"better by {better:.3f}" if better > 0 else f"worse by {-better:.3f}"
 
     @property
     def aer_text(self) -> str:
@@ -150,7 +152,7 @@ class Page:
         version = self.summary.registered
         if version is None:
             return ""
-        alias = "champion" if version.champion else "challenger"
+        alias = "champion" if version.champion else "not champion"
         return f"{version.name}, version {version.version}, {alias}: {version.why}"
 
     @property
@@ -297,7 +299,7 @@ def _extremes(subset: Path) -> tuple[list[Chosen], list[Chosen]]:
         ]
     highest, lowest = (
         [
-            Chosen(affinity, source, by == "affinity", one_line(f"{a} → {b}", LONGEST_TEXT))
+            Chosen(affinity, source, by != "replay", one_line(f"{a} → {b}", LONGEST_TEXT))
             for _, source, affinity, by, a, b in rows
         ]
         for rows in ends

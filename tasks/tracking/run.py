@@ -27,6 +27,8 @@ Curves = Mapping[str, list[dict[str, float]]]
 
 LONGEST_PARAM = 6000
 CURVE_POINTS = 1000
+CURVE_KEYS = {"loss": "loss", "learning_rate": "learning_rate", "eval_loss": "held_out_loss"}
+"""Of a point of a loss curve, and what MLflow's metrics of them are called."""
 BAR = 16
 """Characters of the bar of a run's stages: what a column of the table has room for."""
 TERM_CHARACTERS = {"proxy": "░", "heads": "▒", "scores": "▓", "subset": "│", "model": "█"}
@@ -286,10 +288,11 @@ def as_metrics(numbers: Mapping[str, float | None], curves: Curves) -> list[Metr
     for name, curve in curves.items():
         every = -(-len(curve) // CURVE_POINTS) or 1
         for point in curve[::every]:
-            for key in ("loss", "learning_rate", "eval_loss"):
+            # eval_loss/<arm> is of the evaluation samples
+            for key, called in CURVE_KEYS.items():
                 value = point.get(key)
                 if value is not None and math.isfinite(value):
-                    metrics.append(Metric(name.format(key), value, now, int(point["step"])))
+                    metrics.append(Metric(name.format(called), value, now, int(point["step"])))
     return metrics
 
 

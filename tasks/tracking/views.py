@@ -67,7 +67,8 @@ DRIFT_CHARTS = tuple(
     )
 )  # fmt: skip
 OTHER_SECTIONS = (
-    "aer", "aer_seconds_cold", "aer_seconds_this_run", "eval_loss", "heads", "learning_rate",
+    "aer", "aer_seconds_cold", "aer_seconds_this_run", "eval_loss", "heads",
+    "held_out_loss", "learning_rate",
     "loss", "quality", "retention", "samples", "selected_by_label", "selected_by_source",
     "selection", "trainable", "Model metrics", "System metrics",
 )  # fmt: skip

@@ -49,8 +49,22 @@ def test_everything_a_newcomer_wants_is_there(refs):
     assert "P2D task heads, 10.0% of the corpus 0.750 0.850" in text
     assert "AER 0.210 0.010" in text
     assert "speedup 4.8x 100.0x" in text
+    assert "p2d ui" in text
+    assert "p2d artifacts ls" in text
+    assert "p2d config" not in text
+
+
+def test_the_demo_says_how_to_do_the_same_with_ones_own_files(refs):
+    done = summary(refs)
+    done.name = "demo"
     for command in ("p2d ui", "p2d config -o my.yaml", "p2d adapt my.yaml", "p2d artifacts ls"):
-        assert command in text
+        assert command in flat(screen(done))
+
+
+def test_what_was_drawn_as_replay_is_said_beside_what_affinity_chose(refs):
+    done = summary(refs)
+    done.selection.replayed, done.selection.cut_off = 2, 0.25
+    assert "down to affinity 0.25, 2 of them replay." in flat(screen(done))
 
 
 def test_what_was_planned_stands_beside_what_was_computed(refs):

@@ -209,7 +209,10 @@ def test_the_parts_of_a_sum_with_their_weights_add_up(job, as_json, p2d):
         )
         assert any("by head-influence is no sum over heads" in note for note in one["notes"])
         assert not any("bm25" in note for note in one["notes"])
-        assert "the 80 best samples are the pool, for 40 places" in one["reason"]["words"]
+        assert (
+            "best samples that meet selection.where are the pool, for 40 places"
+            in one["reason"]["words"]
+        )
     assert heads_seen == 4 * len(job.by_sum.heads.ids)
     out = p2d("explain", "1", "--subset", key)[1]
     assert "weight" in out

@@ -100,7 +100,7 @@ def test_loss_curves_are_stepped(recorded, client):
     points = client.get_metric_history(recorded["run_id"], "loss/model")
     assert [point.step for point in points] == list(range(1, 21))
     assert points[3].value == 0.5
-    held_out = client.get_metric_history(recorded["run_id"], "eval_loss/proxy")
+    held_out = client.get_metric_history(recorded["run_id"], "held_out_loss/proxy")
     assert [point.step for point in held_out] == [20]
 
 
