@@ -95,15 +95,10 @@ def on_all_workers(task: Task[..., T]) -> Iterator[Callable[..., PrefectFutureLi
     if (workers := elsewhere.workers()) is None:
         yield task.map
         return
-    with ThreadPoolTaskRunner(max_workers=workers.size) as threads:
-        try:
-            yield lambda **inputs: threads.map(task, inputs)
-        except Exception:
-            # other arms of a comparison go on with the same workers; what is at work here ends
-            raise
-        except BaseException:
-            workers.stop()
-            raise
+    # an arm of a comparison that fails leaves the workers to the others
+    others_go_on = stopped_on_error(workers, but=(Exception,))
+    with ThreadPoolTaskRunner(max_workers=workers.size) as threads, others_go_on:
+        yield lambda **inputs: threads.map(task, inputs)
 
 
 def all_at_once(works: Sequence[Callable[[], T]]) -> Iterator[T]:
@@ -122,10 +117,18 @@ def all_at_once(works: Sequence[Callable[[], T]]) -> Iterator[T]:
 
 
 @contextmanager
-def stopped_on_error(workers: elsewhere.Workers) -> Iterator[None]:
-    """What ends the block early ends the work in other threads, too: they would be waited for."""
+def stopped_on_error(
+    workers: elsewhere.Workers, but: tuple[type[BaseException], ...] = ()
+) -> Iterator[None]:
+    """What ends the block early ends the work in other threads, too: they would be waited for.
+
+    Args:
+        but: errors that do not.
+    """
     try:
         yield
+    except but:
+        raise
     except BaseException:
         workers.stop()
         raise

@@ -56,12 +56,7 @@ def _stages(summary: Summary, console: Console) -> None:
         rest = summary.seconds - sum(line.seconds for line in summary.stages)
         if rest > 0.05:
             table.add_row(Text("starting, looking up", "dim"), _seconds(rest), "", "")
-        table.add_row(
-            Text("whole run", "bold"),
-            Text(_seconds(summary.seconds), "bold"),
-            "",
-            "",
-        )
+        table.add_row(Text("whole run", "bold"), Text(_seconds(summary.seconds), "bold"), "", "")
     _section(console, "Stages", table)
     if summary.seconds:
         say(console, "Starting Prefect, and the record in MLflow, come on top.", style="dim")

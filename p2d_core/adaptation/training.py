@@ -269,9 +269,10 @@ def train(
         trainer.train(resume_from_checkpoint=last)
         if gradient_checkpointing:
             parts.model.activation_checkpointing_disable()
-        # accelerate's forward, under autocast, would stay, and losses after the training be rounded
-        for name in ("forward", "_original_forward"):
-            vars(parts.model).pop(name, None)
+        if mixed_precision:
+            # accelerate's forward, under autocast, would stay, and later losses be rounded
+            for name in ("forward", "_original_forward"):
+                vars(parts.model).pop(name, None)
     model.eval()
     if processes.first:
         _check_weights(model)

@@ -45,9 +45,9 @@ def check_loads(folder: Path, progress: Progress = no_progress) -> tuple[Attenti
     encoder = Encoder(tokenizer)
     known = model.get_input_embeddings().weight.shape[0]
     # Gemma 3's text models share a tokenizer with those that see pictures: it may have a token more
-    of_texts = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    last = max(map(tokenizer.get_vocab().__getitem__, of_texts), default=0)
-    last = max(last, *encoder.always_used)
+    added = tokenizer.get_added_vocab()
+    of_texts = [number for token, number in tokenizer.get_vocab().items() if token not in added]
+    last = max([*of_texts, *encoder.always_used])
     if last >= known:
         raise ModelError(
             f"{folder}: its tokenizer has the token {last}, but the model knows {known} tokens. "
